@@ -1,0 +1,42 @@
+"""Every error that effopt raises. Each message says what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EffoptError(Exception):
+    """Base of all errors raised by effopt."""
+
+
+class OptionError(EffoptError, ValueError):
+    """An option, a pass name or a pipeline text that is not valid."""
+
+
+class PipelineError(EffoptError):
+    """Passes that cannot be put in an order: a cycle, a conflict, or a missing requirement."""
+
+
+class PluginError(EffoptError):
+    """A plugin that failed. Names the plugin and the hook; other plugins go on."""
+
+
+class InvalidGraphError(EffoptError):
+    """A pass left a graph that is not in normal form."""
+
+
+class CaptureRefused(EffoptError):
+    """A graph that effopt leaves as it is. The message is the reason; the model still runs."""
+
+
+class CheckFailed(EffoptError):
+    """A rewrite, or a lowering, whose result is not the result of what it replaces."""
+
+
+def unknown(kind: str, got: str, valid: Iterable[str]) -> OptionError:
+    """An `OptionError` that names the unknown word, the nearest valid one, and all valid ones."""
+    known = sorted(valid)
+    near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return OptionError(f"unknown {kind} {got!r}.{hint} Valid: {', '.join(known)}")

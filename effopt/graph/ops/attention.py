@@ -1,0 +1,125 @@
+"""Scaled dot-product attention with everything that models add to it.
+
+    scores = softcap(scale * query @ key^T) + bias, mask ? scores : fill, causal
+    out    = dropout(softmax([scores, sinks])[..., :s]) @ value
+
+Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; grouped queries: Ainslie et al. 2023,
+arXiv:2305.13245; soft-cap: Gemma Team 2024, arXiv:2408.00118, section 2; sinks: Xiao et al. 2023,
+arXiv:2309.17453.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from effopt.graph.ops.base import Operands, Sample, hint, op
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def _flops(operands: Operands, _: Any) -> float:
+    query, key, value = operands["query"], operands["key"], operands["value"]
+    rows, s = hint(query.shape[:-1].numel()), hint(key.shape[-2])
+    live = 0.5 if operands["is_causal"] else 1.0
+    return live * rows * s * (2.0 * hint(query.shape[-1]) + 2.0 * hint(value.shape[-1]) + 5.0)
+
+
+def _samples(dtype: torch.dtype, device: torch.device) -> Iterable[Sample]:
+    for b, h, hkv, t, s, d in ((1, 2, 2, 7, 7, 16), (2, 4, 2, 1, 63, 32), (1, 3, 1, 100, 100, 8)):
+        q = torch.randn(b, h, t, d, dtype=dtype, device=device)
+        k = torch.randn(b, hkv, s, d, dtype=dtype, device=device)
+        v = torch.randn(b, hkv, s, d, dtype=dtype, device=device)
+        keep = torch.rand(b, 1, t, s, device=device) > 0.3
+        keep[..., 0] = True
+        yield Sample((q, k, v), {"scale": d**-0.5})
+        yield Sample((q, k, v), {"scale": 0.3, "is_causal": t == s, "softcap": 5.0})
+        yield Sample((q, k, v), {"scale": 0.5, "mask": keep})
+        yield Sample((q, k, v), {"scale": 0.5, "bias": torch.randn(1, h, t, s, dtype=dtype, device=device)})
+        yield Sample((q, k, v), {"scale": 0.5, "sinks": torch.randn(h, dtype=dtype, device=device)})
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    b, hkv, s, d = x.shape
+    return x.unsqueeze(2).expand(b, hkv, heads // hkv, s, d).reshape(b, heads, s, d)
+
+
+def _softmax(scores: Tensor, sinks: Optional[Tensor], zero_masked_rows: bool) -> Tensor:
+    """Softmax over keys, spelled with `max` so that no downstream matcher takes it for its own.
+
+    Inductor's attention patterns begin at `amax`; a graph that reaches them here was judged
+    already, with masks and dropout that they would not keep (pytorch/pytorch#196468).
+    """
+    peak = scores.detach().max(dim=-1, keepdim=True).values
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(-1, 1, 1)
+        peak = torch.maximum(peak, sink.detach())
+    weights = torch.exp(scores - peak)
+    total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sink - peak)
+    weights = weights / total
+    if zero_masked_rows:
+        weights = torch.where(peak == float("-inf"), 0.0, weights)
+    return weights
+
+
+@op(flops=_flops, samples=_samples, fake=_fake)
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    bias: Optional[Tensor] = None,
+    mask: Optional[Tensor] = None,
+    fill: Optional[float] = None,
+    is_causal: bool = False,
+    softcap: float = 0.0,
+    sinks: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    zero_masked_rows: bool = False,
+) -> Tensor:
+    """Attention of `query` over `key` and `value`.
+
+    Args:
+        query: `[b, h, t, d]`, or any leading dimensions if `key` has the same ones.
+        key: `[b, hkv, s, d]`, `h` a multiple of `hkv`: query head i reads KV head `i // (h / hkv)`.
+        value: `[b, hkv, s, dv]`.
+        scale: multiplies the scores before everything else.
+        bias: added to the scores, floating, broadcastable to `[b, h, t, s]`.
+        mask: bool, broadcastable likewise; where False the score is replaced by `fill`.
+        fill: the replacing score, -inf if None.
+        is_causal: query i sees keys 0..i (aligned at the first key).
+        softcap: `c * tanh(scores / c)` if nonzero, before bias and mask.
+        sinks: `[h]`, one more logit per head that takes weight and gives no value.
+        dropout_p: probability of dropping a weight; the kept ones are scaled.
+        zero_masked_rows: rows that see no key give 0, as SDPA does. Otherwise NaN, as softmax does.
+
+    Returns:
+        `[b, h, t, dv]`, contiguous, dtype of `query`. The softmax accumulates in float32 or wider.
+    """
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    if query.dim() == 4 and key.shape[1] != query.shape[1]:
+        key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
+    scores = (torch.matmul(query, key.transpose(-2, -1)) * scale).to(accumulate)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    floor = float("-inf") if fill is None else fill
+    if mask is not None:
+        scores = torch.where(mask, scores, floor)
+    if is_causal:
+        t, s = query.shape[-2], key.shape[-2]
+        rows = torch.arange(t, device=query.device).unsqueeze(-1)
+        scores = torch.where(torch.arange(s, device=query.device) <= rows, scores, float("-inf"))
+    weights = _softmax(scores, sinks, zero_masked_rows).to(query.dtype)
+    if dropout_p:
+        weights = torch.dropout(weights, dropout_p, True)
+    return torch.matmul(weights, value)
