@@ -1,0 +1,1 @@
+"""effopt: compiler-style graph optimisation passes for PyTorch."""

@@ -1,0 +1,42 @@
+"""Hands a lowered graph to Inductor, or to eager.
+
+Only public seams: `torch._inductor.compile` and its options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+
+def compile_graph(
+    module: GraphModule, inputs: Sequence[Any], options: Mapping[str, Any], identity: str
+) -> Callable[..., Any]:
+    """Compile `module` with Inductor.
+
+    Args:
+        module: plain ATen and lowering calls.
+        inputs: the real inputs of the compile call.
+        options: Inductor configuration entries.
+        identity: source, options and versions of all that made the graph; part of Inductor's cache
+            key, so that its caches stay on and never serve another version's code.
+    """
+    import torch._inductor as inductor
+    from torch._inductor import config
+
+    marked = {**config.unsafe_marked_cacheable_functions, "effopt": identity}
+    for node in module.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "__module__", "").startswith("effopt"):
+            marked[f"{node.target.__module__}.{node.target.__name__}"] = identity
+    patches = {**options, "unsafe_marked_cacheable_functions": marked}
+    return inductor.compile(module, list(inputs), options=patches)  # type: ignore[no-any-return]
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Inductor options of a `torch.compile` mode."""
+    if not mode or mode == "default":
+        return {}
+    return dict(torch._inductor.list_mode_options(mode))

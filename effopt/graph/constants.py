@@ -1,0 +1,63 @@
+"""Numbers that are known when compiling, however the graph spells them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+_aten = torch.ops.aten
+_TRANSPARENT = {
+    _aten.lift_fresh_copy.default,
+    _aten.detach.default,
+    _aten.alias.default,
+    _aten.clone.default,
+    _aten._to_copy.default,
+    _aten.expand.default,
+    _aten.view.default,
+    _aten.reshape.default,
+    _aten.unsqueeze.default,
+}
+_FILLED = {_aten.full.default: 1, _aten.scalar_tensor.default: 0, _aten.new_full.default: 2, _aten.full_like.default: 1}
+_ZEROS = {_aten.zeros.default, _aten.new_zeros.default, _aten.zeros_like.default}
+_ONES = {_aten.ones.default, _aten.new_ones.default, _aten.ones_like.default}
+
+
+def constant_number(value: Any) -> int | float | None:
+    """The number that `value` is in every element, or None if it is not known to be one.
+
+    Reads literals, `full`, `zeros`, `ones`, `scalar_tensor`, and 0-d tensors stored in the graph,
+    through copies, casts and expansions. Symbolic numbers are not known.
+    """
+    if type(value) in (int, float):
+        return value  # type: ignore[no-any-return]
+    while isinstance(value, Node):
+        if value.op == "get_attr":
+            return _stored(value)
+        if value.op != "call_function":
+            return None
+        if value.target in _FILLED:
+            value = value.args[_FILLED[value.target]]
+            return value if type(value) in (int, float) else None  # type: ignore[return-value]
+        if value.target in _ZEROS:
+            return 0.0
+        if value.target in _ONES:
+            return 1.0
+        if value.target not in _TRANSPARENT:
+            return None
+        value = value.args[0]
+    return None
+
+
+def _stored(node: Node) -> int | float | None:
+    owner = node.graph.owning_module
+    held: Any = owner
+    for part in str(node.target).split("."):
+        held = getattr(held, part, None)
+    # Only lifted literals: a 0-d parameter or buffer can change between calls.
+    is_literal = isinstance(held, torch.Tensor) and held.dim() == 0 and "_tensor_constant" in str(node.target)
+    if not is_literal or isinstance(held, torch._subclasses.FakeTensor):
+        return None
+    number = held.item()  # type: ignore[union-attr]
+    return number if type(number) in (int, float) else None

@@ -1,0 +1,346 @@
+"""The pattern language: what a subgraph looks like, with captures and alternatives.
+
+A pattern is built with ordinary calls, `op.mul(x, op.rsqrt(y))`. `op.<name>` stands for every
+overload of `aten.<name>`; arguments are compared by schema position, and those that a pattern does
+not name must hold their schema default. `add`, `mul` and their like match either operand order,
+dimensions are compared modulo the rank, and numbers by relative tolerance. Matching backtracks, and
+the furthest failure is kept: it is the reason that the report gives for a near-miss.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from effopt.graph.constants import constant_number
+from effopt.graph.ops.base import bind_schema
+
+COMMUTATIVE = frozenset(
+    "add mul maximum minimum bitwise_and bitwise_or logical_and logical_or __and__ __or__ eq ne".split()
+)
+_DIM_ARGUMENTS = frozenset({"dim", "dims", "dim0", "dim1", "normalized_shape_dim"})
+_NUMBER_TOLERANCE = 1e-6  # a constant written as 0.7978845608 or computed as sqrt(2 / pi) is one constant
+
+
+class Pattern:
+    """Base of the pattern nodes."""
+
+
+@dataclass(frozen=True)
+class Capture(Pattern):
+    """Matches anything of its kind and binds it to a name; the same name must bind the same value."""
+
+    name: str
+    kind: str = "any"
+
+
+@dataclass(frozen=True)
+class Call(Pattern):
+    """Matches a call of any overload in `targets` whose arguments match."""
+
+    family: str
+    targets: tuple[Any, ...]
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class AnyOf(Pattern):
+    """Matches if one of the options does; `tag` is bound to the index of the one that did."""
+
+    options: tuple[Any, ...]
+    tag: str | None = None
+
+
+@dataclass(frozen=True)
+class Named(Pattern):
+    """Binds the node matched by `pattern` to a name, so that a rewrite can refer to it."""
+
+    name: str
+    pattern: Any
+
+
+@dataclass(frozen=True)
+class Chain(Pattern):
+    """Zero or more steps, each around the next, down to `base`. Binds `name` to a tuple of `Step`."""
+
+    name: str
+    base: Any
+    steps: tuple[tuple[str, Any], ...]
+
+
+class _Hole(Pattern):
+    """Inside a step of a chain: where the rest of the chain goes."""
+
+
+class _Anything(Pattern):
+    """Matches any argument and binds nothing."""
+
+
+HOLE = _Hole()
+ANY = _Anything()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One matched step of a chain: which one, the node it ends at, and its captures."""
+
+    tag: str
+    node: Node
+    captures: Mapping[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        return self.captures.get(name)
+
+
+class OpBuilder:
+    """`op.<name>(...)` builds a `Call`; ops of other namespaces are reached as `op["effopt.rope"]`."""
+
+    def __getattr__(self, name: str) -> Callable[..., Call]:
+        return self[f"aten.{name}"]
+
+    def __getitem__(self, qualified: str) -> Callable[..., Call]:
+        targets = family(qualified)
+
+        def build(*args: Any, **kwargs: Any) -> Call:
+            return Call(qualified.split(".")[-1], targets, args, tuple(kwargs.items()))
+
+        return build
+
+    def getitem(self, source: Any, index: Any) -> Call:
+        """`source[index]` of a call with several results."""
+        return Call("getitem", (operator.getitem,), (source, index), ())
+
+
+_FAMILIES: dict[str, tuple[Any, ...]] = {}
+
+
+def family(qualified: str) -> tuple[Any, ...]:
+    """Every functional overload of `namespace.name`. Raises AttributeError for an op that does not exist."""
+    if qualified not in _FAMILIES:
+        namespace, name = qualified.split(".", 1)
+        packet = getattr(getattr(torch.ops, namespace), name)
+        overloads = (getattr(packet, o) for o in packet.overloads())
+        _FAMILIES[qualified] = tuple(
+            o for o in overloads if not o._schema.is_mutable and "mode" not in o._overloadname
+        )
+    return _FAMILIES[qualified]
+
+
+def any_of(*options: Any, tag: str | None = None) -> AnyOf:
+    """The first option that leads to a match of the whole pattern."""
+    return AnyOf(options, tag)
+
+
+def number(capture: Any) -> Capture:
+    """Restrict a capture to a number known when compiling: a literal, or a constant 0-d tensor."""
+    return Capture(capture if isinstance(capture, str) else capture.name, "number")
+
+
+def tensor(capture: Any) -> Capture:
+    """Restrict a capture to a node of the graph."""
+    return Capture(capture if isinstance(capture, str) else capture.name, "node")
+
+
+def chain(name: str, base: Any, **steps: Any) -> Chain:
+    """Peel off `steps` in any order and number until `base` matches."""
+    return Chain(name, base, tuple(steps.items()))
+
+
+@dataclass(frozen=True)
+class State:
+    """Bindings and interior nodes of a partial match. Never changed in place, so backtracking is free."""
+
+    captures: Mapping[str, Any] = field(default_factory=dict)
+    nodes: tuple[Node, ...] = ()
+
+    def bind(self, name: str, value: Any) -> State | None:
+        """With `name` bound to `value`; None if it is bound to something else."""
+        if name in self.captures:
+            return self if same(self.captures[name], value) else None
+        return State({**self.captures, name: value}, self.nodes)
+
+    def visit(self, node: Node) -> State:
+        """With `node` counted as interior."""
+        return self if node in self.nodes else State(self.captures, (*self.nodes, node))
+
+
+@dataclass
+class Miss:
+    """The furthest that matching one root came before it failed."""
+
+    node: Node | None = None
+    reason: str = ""
+    nodes: tuple[Node, ...] = ()
+
+    def note(self, state: State, node: Node | None, reason: str) -> None:
+        """Keep this failure if no earlier one got further."""
+        if self.node is None or len(state.nodes) > len(self.nodes):
+            self.node, self.reason, self.nodes = node, reason, state.nodes
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two argument values are one value, without guarding on symbols."""
+    if a is b:
+        return True
+    if isinstance(a, Node) or isinstance(b, Node) or isinstance(a, bool) != isinstance(b, bool):
+        return False
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        return isinstance(a, (int, torch.SymInt)) and isinstance(b, (int, torch.SymInt)) and statically_known_true(a == b)
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return a == b or math.isclose(a, b, rel_tol=_NUMBER_TOLERANCE)
+    return bool(type(a) is type(b) and a == b)
+
+
+def bound_arguments(node: Node) -> dict[str, Any]:
+    """Arguments of a call by schema name; positional names for `getitem`."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bind_schema(node.target, node.args, node.kwargs)
+    return {str(i): a for i, a in enumerate(node.args)}
+
+
+class Matcher:
+    """Matches one pattern at one root. `miss` tells where the furthest attempt failed."""
+
+    def __init__(self, pattern: Any) -> None:
+        self.pattern = pattern
+        self.miss = Miss()
+
+    def solutions(self, root: Node) -> Iterator[State]:
+        """Every way in which the pattern matches at `root`, lazily."""
+        self.miss = Miss()
+        yield from self._walk(self.pattern, root, State(), None)
+
+    def _walk(self, pattern: Any, value: Any, state: State, user: Node | None) -> Iterator[State]:
+        if isinstance(pattern, Capture):
+            yield from self._capture(pattern, value, state, user)
+        elif isinstance(pattern, Call):
+            yield from self._call(pattern, value, state, user)
+        elif isinstance(pattern, AnyOf):
+            for index, option in enumerate(pattern.options):
+                for found in self._walk(option, value, state, user):
+                    tagged = found.bind(pattern.tag, index) if pattern.tag else found
+                    if tagged is not None:
+                        yield tagged
+        elif isinstance(pattern, Named):
+            for found in self._walk(pattern.pattern, value, state, user):
+                named = found.bind(pattern.name, value)
+                if named is not None:
+                    yield named
+        elif isinstance(pattern, Chain):
+            yield from self._chain(pattern, value, state, user, ())
+        elif isinstance(pattern, _Hole):
+            yield State({**state.captures, "": value}, state.nodes)
+        elif isinstance(pattern, _Anything):
+            yield state
+        elif isinstance(pattern, (list, tuple)) and isinstance(value, (list, tuple)):
+            yield from self._sequence(pattern, value, state, user)
+        elif same(pattern, value) or (isinstance(pattern, (int, float)) and same(pattern, constant_number(value))):
+            yield state
+        else:
+            self.miss.note(state, user, f"expected {pattern!r}, got {_show(value)}")
+
+    def _capture(self, pattern: Capture, value: Any, state: State, user: Node | None) -> Iterator[State]:
+        if pattern.kind == "number":
+            found = constant_number(value)
+            if found is None:
+                self.miss.note(state, user, f"{pattern.name} is not a compile-time number: {_show(value)}")
+                return
+            value = found
+        elif pattern.kind == "node" and not isinstance(value, Node):
+            self.miss.note(state, user, f"{pattern.name} is not a tensor: {_show(value)}")
+            return
+        bound = state.bind(pattern.name, value)
+        if bound is None:
+            was = _show(state.captures[pattern.name])
+            self.miss.note(state, user, f"{pattern.name} is {was} in one place and {_show(value)} in another")
+        else:
+            yield bound
+
+    def _call(self, pattern: Call, value: Any, state: State, user: Node | None) -> Iterator[State]:
+        if not isinstance(value, Node) or value.target not in pattern.targets:
+            self.miss.note(state, user, f"expected {pattern.family}, got {_show(value)}")
+            return
+        actual = bound_arguments(value)
+        names = list(actual)
+        expected = dict(zip(names, pattern.args, strict=False)) | dict(pattern.kwargs)
+        for name in names[len(pattern.args) :]:
+            if name not in expected and not self._is_default(value, name, actual[name]):
+                self.miss.note(state, value, f"{pattern.family} has {name}={_show(actual[name])}")
+                return
+        inside = state.visit(value)
+        pairs = [(pattern_arg, actual.get(name), name) for name, pattern_arg in expected.items()]
+        yield from self._arguments(pairs, value, inside)
+        if pattern.family in COMMUTATIVE and len(pairs) >= 2:
+            (p0, v0, n0), (p1, v1, n1) = pairs[:2]
+            yield from self._arguments([(p0, v1, n0), (p1, v0, n1), *pairs[2:]], value, inside)
+
+    @staticmethod
+    def _is_default(node: Node, name: str, value: Any) -> bool:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return True
+        argument = next(a for a in node.target._schema.arguments if a.name == name)
+        return argument.has_default_value() and same(argument.default_value, value)
+
+    def _arguments(self, pairs: Sequence[tuple[Any, Any, str]], node: Node, state: State) -> Iterator[State]:
+        if not pairs:
+            yield state
+            return
+        (pattern, value, name), *rest = pairs
+        if name in _DIM_ARGUMENTS and isinstance(node.args[0], Node):
+            pattern, value = _modulo_rank(pattern, value, node.args[0])
+        for found in self._walk(pattern, value, state, node):
+            yield from self._arguments(rest, node, found)
+
+    def _sequence(self, patterns: Any, values: Any, state: State, user: Node | None) -> Iterator[State]:
+        if len(patterns) != len(values):
+            self.miss.note(state, user, f"expected {len(patterns)} entries, got {len(values)}")
+            return
+        if not patterns:
+            yield state
+            return
+        for found in self._walk(patterns[0], values[0], state, user):
+            yield from self._sequence(patterns[1:], values[1:], found, user)
+
+    def _chain(
+        self, pattern: Chain, value: Any, state: State, user: Node | None, done: tuple[Step, ...]
+    ) -> Iterator[State]:
+        if isinstance(value, Node):
+            for tag, step in pattern.steps:
+                for found in self._walk(step, value, State({}, state.nodes), user):
+                    captures = dict(found.captures)
+                    rest = captures.pop("")
+                    # The chain binds innermost step first: the order in which a model applies them.
+                    steps = (Step(tag, value, captures), *done)
+                    yield from self._chain(pattern, rest, State(state.captures, found.nodes), value, steps)
+        for found in self._walk(pattern.base, value, state, user):
+            bound = found.bind(pattern.name, done)
+            if bound is not None:
+                yield bound
+
+
+def _modulo_rank(pattern: Any, value: Any, operand: Node) -> tuple[Any, Any]:
+    operand_value = operand.meta.get("val")
+    rank = operand_value.dim() if isinstance(operand_value, torch.Tensor) else 0
+
+    def wrap(dim: Any) -> Any:
+        if isinstance(dim, (list, tuple)):
+            return [wrap(d) for d in dim]
+        return dim % rank if rank and type(dim) is int else dim
+
+    return (pattern if isinstance(pattern, Pattern) else wrap(pattern)), wrap(value)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Node):
+        return f"{value.name} ({value.target})" if value.op == "call_function" else f"{value.name} ({value.op})"
+    return repr(value)

@@ -1,0 +1,188 @@
+"""What a pass is. A pass is a frozen dataclass: its fields are its options.
+
+`Rewrite` matches a pattern, `RegionPass` takes regions from an analysis and decides a plan,
+`GraphPass` does neither and says why. Nothing is stored on `self` while a pass runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from effopt.errors import OptionError, unknown
+from effopt.graph.pattern import OpBuilder
+from effopt.graph.rewrite import Approve, Emit, Match, PassResult, apply_rewrite
+from effopt.graph.weights import DerivedWeights
+from effopt.target import Target
+
+
+class Stage(enum.IntEnum):
+    """The stages of the pipeline, in order."""
+
+    CANONICALIZE = 1
+    CLEANUP = 2
+    LAYERS = 3
+    KV = 4
+    ATTENTION = 5
+    QUANTIZE = 6
+    FUSE = 7
+    FINISH = 8
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may ask about the compile call that it runs in."""
+
+    target: Target
+    training: bool
+    """Whether a backward pass will be taken through the graph."""
+    approve: Approve
+    """Asked by the driver before each rewrite is taken."""
+    weights: DerivedWeights
+    """Constants derived from parameters."""
+    explicit: frozenset[str] = frozenset()
+    """Names of the passes that the user asked for; the others are there by default."""
+    plans: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A graph for tests, as a function of tensors: what a pass must rewrite, or must leave alone."""
+
+    run: Any
+    """A function, or a `torch.nn.Module`, of the inputs."""
+    inputs: tuple[Any, ...]
+    reason: str = ""
+    """For a refusal: a part of the reason that the report must give."""
+    training: bool | None = None
+    """True or False where the example holds only in that mode."""
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """The contract: valid graph in, valid graph out, and a record for everything done or left."""
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    exact: ClassVar[bool] = True
+    """The same function up to floating-point reassociation. A lossy pass runs only when asked for."""
+    default: ClassVar[bool] = True
+    """Whether the exact pipeline holds it; False for those that cost something else, such as memory."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Facts (or pass names) that must be provided earlier in the pipeline."""
+    provides: ClassVar[tuple[str, ...]] = ()
+    """Facts that hold afterwards. Its own name is always one."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Passes or facts it must follow if they are there."""
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    """Passes that must not be in the same pipeline."""
+
+    @abstractmethod
+    def apply(self, module: GraphModule, context: Context) -> PassResult:
+        """Transform `module.graph` in place."""
+
+    def samples(self) -> Iterable[Example]:
+        """Graphs that the pass must rewrite."""
+        return ()
+
+    def refusals(self) -> Iterable[Example]:
+        """Look-alikes that it must leave alone, each with its reason."""
+        return ()
+
+    def spec(self) -> str:
+        """The text form: the name, and the options that differ from their defaults."""
+        changed = []
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if value != option.default:
+                changed.append(f"{option.name}={_write(value)}")
+        return f"{self.name}{{{','.join(changed)}}}" if changed else self.name
+
+    def fingerprint(self) -> str:
+        """Identity for caches: source, options, and the versions of torch and effopt."""
+        source = inspect.getsource(type(self))
+        return hashlib.sha256(f"{source}|{self.spec()}|{torch.__version__}".encode()).hexdigest()
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any]) -> Pass:
+        """An instance with `options`, checked. Raises OptionError that names the fault."""
+        fields_by_name = {f.name: f for f in dataclasses.fields(cls)}
+        for key, value in options.items():
+            if key not in fields_by_name:
+                raise unknown(f"option of {cls.name}", key, fields_by_name or ["(it has none)"])
+            _check_option(cls.name, fields_by_name[key], value)
+        return cls(**options)
+
+
+@dataclass(frozen=True)
+class Rewrite(Pass):
+    """A pass that replaces every legal match of one pattern."""
+
+    may_duplicate: ClassVar[bool] = True
+    """Whether interior values that something else also reads may be computed a second time."""
+
+    def apply(self, module: GraphModule, context: Context) -> PassResult:
+        """Run the shared driver with this rule."""
+        return apply_rewrite(self, module, context.approve)
+
+    @abstractmethod
+    def pattern(self, op: OpBuilder, *captures: Any) -> Any:
+        """The subgraph to find; parameter names after `op` are the captures."""
+
+    def anchors(self, pattern: Any) -> tuple[Any, ...]:
+        """Call targets that make a place worth a reason when nothing matched there. None by default."""
+        return ()
+
+    def legal(self, m: Match) -> None:  # noqa: B027 - a pattern can be all there is to check
+        """Facts beyond structure, one `require` a line. Raises `Reject`."""
+
+    def outputs(self, m: Match) -> tuple[Node, ...]:
+        """The matched nodes whose values the replacement takes over; the root alone by default."""
+        return (m.root,)
+
+    @abstractmethod
+    def rewrite(self, emit: Emit, m: Match) -> Any:
+        """Emit the replacement: one node for each of `outputs`, in that order."""
+
+
+@dataclass(frozen=True)
+class GraphPass(Pass):
+    """A pass over the whole graph, for what no pattern can say. Its docstring says why."""
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{','.join(_write(v) for v in value)}]"
+    return str(value)
+
+
+def _check_option(pass_name: str, option: dataclasses.Field[Any], value: Any) -> None:
+    kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "tuple[int, ...]": (tuple,)}
+    declared = str(option.type)
+    allowed = kinds.get(declared, (object,))
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed and object not in allowed):
+        raise OptionError(
+            f"{pass_name}: option {option.name!r} must be {declared}, got {value!r} ({type(value).__name__})"
+        )
+    low, high = option.metadata.get("min"), option.metadata.get("max")
+    choices = option.metadata.get("choices")
+    if choices is not None and value not in choices:
+        raise OptionError(f"{pass_name}: option {option.name!r} must be one of {list(choices)}, got {value!r}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise OptionError(f"{pass_name}: option {option.name!r} must lie in [{low}, {high}], got {value!r}")
+
+
+def option(default: Any, doc: str, **bounds: Any) -> Any:
+    """An option of a pass: `bits: int = option(4, "bits a weight", choices=(4, 8))`."""
+    return field(default=default, metadata={"doc": doc, **bounds})

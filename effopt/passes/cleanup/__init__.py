@@ -1,0 +1,7 @@
+"""TBD."""
+
+from __future__ import annotations
+
+from effopt.passes.base import Pass
+
+PASSES: tuple[type[Pass], ...] = ()

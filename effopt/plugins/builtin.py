@@ -1,0 +1,37 @@
+"""The passes, ops and lowerings that come with effopt, registered as any plugin would."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from effopt.backends.base import Lowering
+from effopt.backends.native import LOWERINGS as NATIVE
+from effopt.backends.reference import reference_lowering
+from effopt.graph.ops import OPS
+from effopt.graph.ops.base import Op
+from effopt.passes.base import Pass
+from effopt.plugins.hookspec import hookimpl
+
+FAMILIES = ("canonicalize", "cleanup", "layers", "kv", "attention", "quantization", "fusion")
+
+
+@hookimpl
+def effopt_passes() -> Sequence[type[Pass]]:
+    """Every family's `PASSES`, in pipeline order."""
+    modules = (importlib.import_module(f"effopt.passes.{family}") for family in FAMILIES)
+    return tuple(pass_ for module in modules for pass_ in module.PASSES)
+
+
+@hookimpl
+def effopt_ops() -> Sequence[Op]:
+    """The canonical ops."""
+    return OPS
+
+
+@hookimpl
+def effopt_lowerings() -> Sequence[Lowering]:
+    """Triton kernels, library kernels, and the reference of every op."""
+    from effopt.backends.triton import LOWERINGS as TRITON
+
+    return (*TRITON, *NATIVE, *(reference_lowering(op) for op in OPS))

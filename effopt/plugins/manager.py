@@ -1,0 +1,127 @@
+"""Finds plugins and isolates their faults. One registry per compile call: nothing is global."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pluggy
+
+from effopt.backends.base import Lowering
+from effopt.errors import PluginError
+from effopt.graph.ops.base import Op
+from effopt.passes.base import Pass
+from effopt.plugins import builtin, hookspec, standard
+
+GROUP = "effopt"
+
+
+@dataclass
+class Registry:
+    """Everything that plugins registered, and the hooks to call."""
+
+    manager: pluggy.PluginManager
+    passes: dict[str, type[Pass]] = field(default_factory=dict)
+    ops: dict[str, Op] = field(default_factory=dict)
+    lowerings: dict[str, list[Lowering]] = field(default_factory=dict)
+    """Op name -> its lowerings, the reference last."""
+    origin: dict[str, str] = field(default_factory=dict)
+    """Pass name -> the plugin that registered it."""
+    faults: list[str] = field(default_factory=list)
+    """What went wrong in which plugin; those plugins are left out, the others work."""
+
+    @property
+    def hook(self) -> Any:
+        """The hook caller of pluggy."""
+        return self.manager.hook
+
+
+@functools.cache
+def _entry_points() -> tuple[importlib.metadata.EntryPoint, ...]:
+    return tuple(importlib.metadata.entry_points(group=GROUP))
+
+
+def build_registry(extra: Sequence[Any] = ()) -> Registry:
+    """A registry with the built-ins, the installed plugins, and `extra` plugin objects.
+
+    A plugin that cannot be imported, or that raises in a registration hook, is left out and named
+    in `faults`.
+    """
+    manager = pluggy.PluginManager("effopt")
+    manager.add_hookspecs(hookspec)
+    registry = Registry(manager)
+    manager.register(builtin, "effopt")
+    manager.register(standard, "effopt-standard")
+    for entry in _entry_points():
+        try:
+            manager.register(entry.load(), entry.name)
+        except Exception as error:
+            registry.faults.append(f"plugin {entry.name!r} ({entry.value}) failed to load: {_say(error)}")
+    for plugin in extra:
+        manager.register(plugin, _name_of(plugin))
+    for plugin in _in_order(manager):
+        _collect(registry, plugin)
+    return registry
+
+
+def _in_order(manager: pluggy.PluginManager) -> list[tuple[str, Any]]:
+    named = list(manager.list_name_plugin())
+    first = [p for p in named if p[0] == "effopt"]
+    return first + [p for p in named if p[0] != "effopt"]
+
+
+def _collect(registry: Registry, named: tuple[str, Any]) -> None:
+    """Take one plugin's registrations, all or none."""
+    name, plugin = named
+    try:
+        passes = _call(plugin, "effopt_passes")
+        ops = _call(plugin, "effopt_ops")
+        lowerings = _call(plugin, "effopt_lowerings")
+        _check(registry, name, passes, ops, lowerings)
+    except Exception as error:
+        registry.faults.append(f"plugin {name!r} failed while registering: {_say(error)}")
+        registry.manager.unregister(plugin)
+        return
+    for pass_ in passes:
+        registry.passes[pass_.name] = pass_
+        registry.origin[pass_.name] = name
+    registry.ops.update((op.name, op) for op in ops)
+    for lowering in lowerings:
+        known = registry.lowerings.setdefault(lowering.op.name, [])
+        # The reference accepts everything and must stay last.
+        known.insert(len(known) - 1 if known and known[-1].name == "reference" else len(known), lowering)
+
+
+def _call(plugin: Any, hook: str) -> Sequence[Any]:
+    function = getattr(plugin, hook, None)
+    return tuple(function()) if function is not None and not inspect.isclass(plugin) else ()
+
+
+def _check(
+    registry: Registry, name: str, passes: Sequence[Any], ops: Sequence[Any], lowerings: Sequence[Any]
+) -> None:
+    for pass_ in passes:
+        if not (inspect.isclass(pass_) and issubclass(pass_, Pass)):
+            raise PluginError(f"effopt_passes returned {pass_!r}, which is not a Pass class")
+        if pass_.name in registry.passes:
+            raise PluginError(f"pass {pass_.name!r} is registered by {registry.origin[pass_.name]!r} already")
+    for op in ops:
+        if not isinstance(op, Op):
+            raise PluginError(f"effopt_ops returned {op!r}, which is not an Op")
+        if op.name in registry.ops:
+            raise PluginError(f"op {op.name!r} is registered already")
+    for lowering in lowerings:
+        if not isinstance(lowering, Lowering):
+            raise PluginError(f"effopt_lowerings returned {lowering!r}, which is not a Lowering")
+
+
+def _name_of(plugin: Any) -> str:
+    return getattr(plugin, "__name__", None) or f"{type(plugin).__name__}-{id(plugin):x}"
+
+
+def _say(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
