@@ -16,10 +16,11 @@ help:  ## this list
 
 venv: .venv/installed  ## .venv with effopt and all that its checks need
 
+# torch brings the setuptools of constraints.txt, so effopt is built with that one and none is fetched beside it.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 # A third-party plugin as its users have it: a package of its own, found by its entry points.
