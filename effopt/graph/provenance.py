@@ -7,7 +7,12 @@ import re
 from torch.fx import Node
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
-_PREFIX = re.compile(r"L\['(?:self|[^']+)'\]\.?|\[(?P<index>\d+)\]|\['(?P<key>[^']+)'\]")
+_ROOT = re.compile(r"^[LG]\['[^']*'\]")
+_CLOSURE = re.compile(r"^.*\.cell_contents")
+_GETATTR = re.compile(r"getattr\((?P<base>[^(),]*), '(?P<name>[^']*)'\)")
+_SUBSCRIPT = re.compile(r"\[(?P<quote>['\"]?)(?P<key>[^\]'\"]*)(?P=quote)\]")
+_CALL_SUFFIX = re.compile(r"@\d+$")
+_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def layer_of(node: Node) -> str:
@@ -20,14 +25,24 @@ def layer_of(node: Node) -> str:
 
 
 def clean_path(path: str) -> str:
-    """`L['self'].model.layers[3].mlp` or `L['self']._modules['a']` -> `model.layers.3.mlp`."""
-    path = path.replace("._modules", "").replace("._parameters", "").replace("._buffers", "")
+    """A module's source in Dynamo's spelling -> its name in `named_modules` of the outermost module.
 
-    def plain(found: re.Match[str]) -> str:
-        inner = found.group("index") or found.group("key")
-        return f".{inner}" if inner is not None else ""
+    `L['self'].model.layers[3].mlp`, `G['model']._modules['a']`, `L['fn'].__closure__[0].cell_contents.0`
+    and `getattr(L['self'], '0')` become `model.layers.3.mlp`, `a`, `0` and `0`; the second call of a module that
+    export marks as `layer@1` is the same layer.
+    """
+    while (found := _GETATTR.search(path)) is not None:
+        path = f"{path[: found.start()]}{found['base']}.{found['name']}{path[found.end() :]}"
+    path = _ROOT.sub("", _CLOSURE.sub("", path))
+    for detail in ("._modules", "._parameters", "._buffers"):
+        path = path.replace(detail, "")
+    path = _SUBSCRIPT.sub(r".\g<key>", path)
+    return _CALL_SUFFIX.sub("", path).strip(".")
 
-    return _PREFIX.sub(plain, path).strip(".")
+
+def template_of(layer: str) -> str:
+    """A layer path with its numbers taken out, equal for equal layers: `model.layers.*.mlp`."""
+    return _INDEX.sub("*", layer)
 
 
 def source_of(node: Node) -> str:
