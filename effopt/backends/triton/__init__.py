@@ -1,1 +1,20 @@
-LOWERINGS = ()
+"""Triton kernels, one op family a file: the jitted kernels, a checked host function, its `Lowering`.
+
+They run compiled on a GPU (CUDA sm_80 and newer, gfx942), and in Triton's interpreter on CPU tensors
+if TRITON_INTERPRET=1 was set before this package was imported. Without Triton installed `LOWERINGS` is
+empty and nothing here is imported; the references run instead.
+"""
+
+from importlib.util import find_spec
+
+from effopt.backends.base import Lowering
+
+LOWERINGS: tuple[Lowering, ...] = ()
+
+if find_spec("triton") is not None:
+    from effopt.backends.triton.glu import GLU
+    from effopt.backends.triton.layer_norm import ADD_LAYER_NORM, LAYER_NORM
+    from effopt.backends.triton.rms_norm import ADD_RMS_NORM, RMS_NORM
+    from effopt.backends.triton.rope import ROPE
+
+    LOWERINGS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU, ROPE)
