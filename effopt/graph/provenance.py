@@ -28,8 +28,8 @@ def clean_path(path: str) -> str:
     """A module's source in Dynamo's spelling -> its name in `named_modules` of the outermost module.
 
     `L['self'].model.layers[3].mlp`, `G['model']._modules['a']`, `L['fn'].__closure__[0].cell_contents.0`
-    and `getattr(L['self'], '0')` become `model.layers.3.mlp`, `a`, `0` and `0`; the second call of a module that
-    export marks as `layer@1` is the same layer.
+    and `getattr(L['self'], '0')` become `model.layers.3.mlp`, `a`, `0` and `0`; the second call of
+    a module, which export marks as `layer@1`, is the same layer.
     """
     while (found := _GETATTR.search(path)) is not None:
         path = f"{path[: found.start()]}{found['base']}.{found['name']}{path[found.end() :]}"

@@ -1,0 +1,162 @@
+"""A graph as text that a person can read, and the same part of it before and after.
+
+%mul_4: f32[1, 16, 64] = mul(%x, %rsqrt)        # layers.0.norm  llama.py:66
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from effopt.graph.provenance import layer_of, source_of
+from effopt.graph.values import val
+
+_DTYPES = {"float": "f", "bfloat": "bf", "complex": "c", "int": "i", "uint": "u"}
+_HIDDEN_ARGUMENTS = frozenset({"device", "layout", "pin_memory", "memory_format"})
+_TO_THE_END = 2**63 - 1  # what ATen's slice has for an end that was not given
+
+
+@dataclass(frozen=True)
+class Line:
+    """One node of a listing."""
+
+    name: str
+    op: str
+    """`attention`, `mul`; the namespace is told by `is_canonical`."""
+    is_canonical: bool
+    text: str
+    layer: str
+    source: str
+
+
+def type_of(value: Any) -> str:
+    """`f32[2, 16, 64]` of a tensor, `i64` of a size, `(f32[2], f32[2])` of several results."""
+    if isinstance(value, torch.Tensor):
+        return f"{_dtype(value.dtype)}[{', '.join(str(s) for s in value.shape)}]"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(type_of(v) for v in value)})"
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return "i64"
+    return type(value).__name__
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    for long, short in _DTYPES.items():
+        if name.startswith(long) and name[len(long) :].isdigit():
+            return short + name[len(long) :]
+    return name
+
+
+def op_of(node: Node) -> str:
+    """The plain name of what a node calls; `input` of a placeholder."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[-1]
+    if node.op != "call_function":
+        return {"placeholder": "input", "get_attr": "constant"}.get(node.op, node.op)
+    name = getattr(node.target, "__name__", str(node.target))
+    return "item" if node.target is operator.getitem else str(name)
+
+
+def line_of(node: Node) -> Line:
+    """How one node is shown."""
+    canonical = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in (
+        "aten",
+        "prim",
+        "prims",
+    )
+    shown = [_argument(a) for a in node.args]
+    shown += [f"{k}={_argument(v)}" for k, v in node.kwargs.items() if k not in _HIDDEN_ARGUMENTS]
+    text = f"%{node.name}: {type_of(val(node))} = {op_of(node)}({', '.join(shown)})"
+    return Line(node.name, op_of(node), canonical, text, layer_of(node), source_of(node))
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, Node):
+        return f"%{value.name}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_argument(v) for v in value)}]"
+    if isinstance(value, torch.dtype):
+        return _dtype(value)
+    if isinstance(value, int) and value == _TO_THE_END:
+        return "end"
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
+
+
+def lines(nodes: Iterable[Node]) -> tuple[Line, ...]:
+    """The calls among `nodes`, in order."""
+    return tuple(line_of(n) for n in nodes if n.op == "call_function")
+
+
+def dump(graph: Graph | GraphModule) -> str:
+    """A whole graph as text: inputs, calls with layer and source, outputs."""
+    graph = graph.graph if isinstance(graph, GraphModule) else graph
+    rows = []
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            rows.append(f"%{node.name}: {type_of(val(node))} = {op_of(node)}")
+        elif node.op == "output":
+            rows.append(f"return {_argument(node.args[0])}")
+        else:
+            line = line_of(node)
+            where = "  ".join(w for w in (line.layer, line.source.rsplit("/", 1)[-1]) if w)
+            rows.append(f"{line.text}  # {where}" if where else line.text)
+    return "\n".join(rows)
+
+
+def diff(before: Sequence[Line], after: Sequence[Line]) -> str:
+    """What differs between two listings: nodes gone (`-`), new (`+`), kept (two spaces).
+
+    Nodes are compared by name and op, which passes leave alone in what they do not rewrite; a kept
+    node whose operands were renamed is shown once, as it is afterwards.
+    """
+    was, now = {(n.name, n.op) for n in before}, {(n.name, n.op) for n in after}
+    rows: list[str] = []
+    pending, fresh = list(before), []
+    for line in after:
+        if (line.name, line.op) not in was:
+            fresh.append(f"+ {line.text}")
+            continue
+        while pending:
+            old = pending.pop(0)
+            if (old.name, old.op) == (line.name, line.op):
+                break
+            if (old.name, old.op) not in now:
+                rows.append(f"- {old.text}")
+        rows += [*fresh, f"  {line.text}"]
+        fresh = []
+    rows += [f"- {old.text}" for old in pending if (old.name, old.op) not in now]
+    return "\n".join(rows + fresh)
+
+
+def repeated_layer(graph: Graph) -> str:
+    """Path of the second copy of the module that is repeated and holds most nodes: `model.layers.1`.
+
+    The second, because the first also holds what all layers share. Empty if nothing is repeated.
+    """
+    sizes: Counter[str] = Counter()
+    for node in graph.nodes:
+        parts = layer_of(node).split(".")
+        for end, part in enumerate(parts, start=1):
+            if part.isdigit():
+                sizes[".".join(parts[:end])] += 1
+    best: tuple[int, str] = (0, "")
+    for path, size in sizes.items():
+        container, _, index = path.rpartition(".")
+        sibling = f"{container}.{int(index) + 1}".lstrip(".")
+        if sibling in sizes and size > best[0]:
+            best = (size, sibling)
+    return best[1]
+
+
+def nodes_under(graph: Graph, layer: str) -> list[Node]:
+    """Nodes whose layer is `layer` or inside it, in order; all nodes for the empty path."""
+    return [
+        n for n in graph.nodes if not layer or layer_of(n) == layer or layer_of(n).startswith(layer + ".")
+    ]
