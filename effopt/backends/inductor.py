@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule
+
+from effopt.backends.aliasing import SettleAliases
 
 
 def compile_graph(
@@ -31,8 +34,19 @@ def compile_graph(
     for node in module.graph.nodes:
         if node.op == "call_function" and getattr(node.target, "__module__", "").startswith("effopt"):
             marked[f"{node.target.__module__}.{node.target.__name__}"] = identity
-    patches = {**options, "unsafe_marked_cacheable_functions": marked}
+    patches = {
+        **options,
+        "unsafe_marked_cacheable_functions": marked,
+        "post_grad_custom_pre_pass": _first(SettleAliases(), options.get("post_grad_custom_pre_pass")),
+    }
     return inductor.compile(module, list(inputs), options=patches)  # type: ignore[no-any-return]
+
+
+def _first(ours: CustomGraphPass, theirs: Any) -> Any:
+    """Our pass, and then the one that the user set for the same slot."""
+    if theirs is None:
+        return ours
+    return [ours, *(theirs if isinstance(theirs, (list, tuple)) else [theirs])]
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:

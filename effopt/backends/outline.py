@@ -1,0 +1,208 @@
+"""Repeated blocks become one subgraph, called N times: compile time is flat in depth.
+
+    b0(x) -> b1 -> ... -> bN   =>   invoke_subgraph(block, x, weights_0) -> ... (block, ., weights_N)
+
+`invoke_subgraph` is traced, differentiated, partitioned and lowered once per subgraph. Writes of
+mutated inputs stay outside, in the main graph, where Inductor does them in place: inside a subgraph
+a cache update would be a copy of the whole cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate, map_arg
+
+from effopt.graph.analyses.blocks import Run, blocks, operands
+from effopt.graph.analyses.gradients import differentiable, requires_grad_leaf
+from effopt.graph.normalize import is_view
+from effopt.graph.values import val
+
+_aten = torch.ops.aten
+_invoke = torch.ops.higher_order.invoke_subgraph
+
+
+@dataclass(frozen=True)
+class Outlined:
+    """One block that was outlined."""
+
+    name: str
+    count: int
+    nodes: int
+
+
+def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[Outlined]:
+    """Outline every repeated block of a lowered graph, in place.
+
+    Args:
+        module: lowered graph, mutations restored.
+        inputs: its real inputs; which of them require gradients matters.
+        training: whether a backward pass follows. Copies of a block must then also agree in which
+            of their values carry a gradient, since they share one backward graph.
+    """
+    graph = module.graph
+    written = [n.args[1] for n in graph.find_nodes(op="call_function", target=_aten.copy_.default)]
+    barriers = frozenset(_barriers(graph, written))
+    _hoist_attributes(graph)
+    carrying = differentiable(module, inputs) if training else frozenset()
+    done: list[Outlined] = []
+    for run in blocks(graph, barriers, carrying).runs:
+        made = _outline_run(module, run, f"block_{len(done)}", carrying)
+        if made is not None:
+            done.append(made)
+    if done:
+        graph.lint()
+        module.recompile()
+    return done
+
+
+def _barriers(graph: Graph, written: Sequence[Any]) -> list[Node]:
+    """Nodes that must stay in the main graph: new values of mutated inputs, writes, foreign regions."""
+    found = [n for n in written if isinstance(n, Node)]
+    for node in graph.nodes:
+        if node.op == "call_function" and not isinstance(val(node), (torch.Tensor, tuple, list)):
+            found.append(node)
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            found.append(node)
+        elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            found.append(node)
+    return found
+
+
+def _hoist_attributes(graph: Graph) -> None:
+    """Attribute reads go first, so that a block can take them as operands."""
+    anchor = next(n for n in graph.nodes if n.op != "placeholder")
+    for node in graph.find_nodes(op="get_attr"):
+        if anchor is not node and anchor < node:
+            anchor.prepend(node)
+
+
+def _outline_run(module: GraphModule, run: Run, name: str, carrying: frozenset[Node]) -> Outlined | None:
+    """Replace the copies of one block by calls of one subgraph."""
+    returned = _returned(run)
+    if not returned:
+        return None
+    taken = _taken(run)
+    body = _body(run.instances[0], taken, returned, carrying)
+    digest = hashlib.sha256(repr([str(n.format_node()) for n in body.graph.nodes]).encode()).hexdigest()[:16]
+    setattr(module, name, body)
+    for instance in run.instances:
+        _call(module.graph, instance, name, f"effopt_{name}_{digest}", taken, returned)
+    return Outlined(name, len(run.instances), len(run.instances[0]))
+
+
+def _taken(run: Run) -> list[list[tuple[int, int]]]:
+    """The inputs of the subgraph, each as the operand slots (node offset, operand offset) it fills.
+
+    Slots that hold one node in every copy are one input.
+    """
+    groups: dict[tuple[Node, ...], list[tuple[int, int]]] = {}
+    inside = [set(instance) for instance in run.instances]
+    every = [[operands(n) for n in instance] for instance in run.instances]
+    for i, node_operands in enumerate(every[0]):
+        for j, operand in enumerate(node_operands):
+            if operand not in inside[0]:
+                groups.setdefault(tuple(copy[i][j] for copy in every), []).append((i, j))
+    return list(groups.values())
+
+
+def _returned(run: Run) -> list[int]:
+    """Offsets of the values that are read outside in any copy, views replaced by what they view.
+
+    A subgraph must not return a view of its input or of another result; the caller takes the view.
+    """
+    offsets: set[int] = set()
+    for instance in run.instances:
+        inside = {n: i for i, n in enumerate(instance)}
+        for node in instance:
+            if any(user not in inside for user in node.users):
+                base = _viewed(node, inside)
+                if base in inside:
+                    offsets.add(inside[base])
+    return sorted(offsets)
+
+
+def _viewed(node: Node, inside: dict[Node, int]) -> Node:
+    while node in inside and is_view(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _body(
+    instance: Sequence[Node], taken: list[list[tuple[int, int]]], returned: list[int], carrying: frozenset[Node]
+) -> GraphModule:
+    graph = Graph()
+    inputs: dict[Node, Node] = {}
+    slots: dict[tuple[int, int], Node] = {}
+    for k, group in enumerate(taken):
+        i, j = group[0]
+        source = operands(instance[i])[j]
+        made = graph.placeholder(f"arg_{k}")
+        made.meta["val"] = val(source)
+        slots.update((slot, made) for slot in group)
+    for i, node in enumerate(instance):
+        counter = iter(range(len(operands(node))))
+
+        def place(operand: Node, i: int = i, counter: Any = counter) -> Node:
+            return slots.get((i, next(counter))) or inputs[operand]
+
+        copied = graph.call_function(node.target, *_mapped(node, place))  # type: ignore[arg-type]
+        copied.meta.update(node.meta)
+        inputs[node] = copied
+    for i in returned:
+        # invoke_subgraph reads from here which results carry a gradient.
+        meta = inputs[instance[i]].meta
+        meta["val"] = meta["example_value"] = requires_grad_leaf(val(instance[i]), instance[i] in carrying)
+    graph.output(tuple(inputs[instance[i]] for i in returned))
+    return GraphModule({}, graph)
+
+
+def _mapped(node: Node, place: Any) -> Any:
+    return map_arg((node.args, node.kwargs), place)
+
+
+def _call(
+    graph: Graph,
+    instance: Sequence[Node],
+    name: str,
+    identifier: str,
+    taken: list[list[tuple[int, int]]],
+    returned: list[int],
+) -> None:
+    """Put one call in place of one copy, and take the views that the subgraph does not return."""
+    arguments = [operands(instance[group[0][0]])[group[0][1]] for group in taken]
+    inside = {n: i for i, n in enumerate(instance)}
+    fresh: dict[Node, Node] = {}
+    with graph.inserting_before(instance[0]):
+        body = graph.get_attr(name)
+        call = graph.call_function(_invoke, (body, identifier, *arguments))
+        for k, offset in enumerate(returned):
+            item = graph.call_function(operator.getitem, (call, k))
+            item.meta.update(instance[offset].meta)
+            fresh[instance[offset]] = item
+        for node in instance:
+            if node not in fresh and is_view(node) and any(user not in inside for user in node.users):
+                _retake(graph, node, inside, fresh)
+    for node, new in fresh.items():
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(instance):
+        graph.erase_node(node)
+
+
+def _retake(graph: Graph, node: Node, inside: dict[Node, int], fresh: dict[Node, Node]) -> Node:
+    """The view `node` again, of the subgraph's result or of its operand."""
+    if node in fresh:
+        return fresh[node]
+    if node not in inside:
+        return node
+    source = _retake(graph, node.args[0], inside, fresh)  # type: ignore[arg-type]
+    args = map_aggregate(node.args[1:], lambda a: a)
+    fresh[node] = graph.call_function(node.target, (source, *args), node.kwargs)  # type: ignore[arg-type,misc]
+    fresh[node].meta.update(node.meta)
+    return fresh[node]
