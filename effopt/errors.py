@@ -34,6 +34,10 @@ class CheckFailed(EffoptError):
     """A rewrite, or a lowering, whose result is not the result of what it replaces."""
 
 
+class UnexpectedOps(EffoptError, AssertionError):
+    """A model that compiled to other canonical ops than its manifest says. Lists them and the near-misses."""
+
+
 def unknown(kind: str, got: str, valid: Iterable[str]) -> OptionError:
     """An `OptionError` that names the unknown word, the nearest valid one, and all valid ones."""
     known = sorted(valid)
