@@ -9,6 +9,7 @@ the furthest failure is kept: it is the reason that the report gives for a near-
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,6 +59,15 @@ class AnyOf(Pattern):
     options: tuple[Any, ...]
     tag: str | None = None
 
+    @functools.cached_property
+    def heads(self) -> tuple[frozenset[Any] | None, ...]:
+        """For each option the call targets that it can start with; None for an option that any value can start."""
+        return tuple(_heads(option) for option in self.options)
+
+    def describe(self) -> str:
+        """The calls that the options start with, in words."""
+        return " or ".join(dict.fromkeys(_families(self)))
+
 
 @dataclass(frozen=True)
 class Named(Pattern):
@@ -98,6 +108,26 @@ class Step:
 
     def __getattr__(self, name: str) -> Any:
         return self.captures.get(name)
+
+
+def _heads(pattern: Any) -> frozenset[Any] | None:
+    if isinstance(pattern, Call):
+        return frozenset(pattern.targets)
+    if isinstance(pattern, Named):
+        return _heads(pattern.pattern)
+    if isinstance(pattern, AnyOf) and None not in pattern.heads:
+        return frozenset(t for heads in pattern.heads for t in heads or ())
+    return None
+
+
+def _families(pattern: Any) -> Iterator[str]:
+    if isinstance(pattern, Call):
+        yield pattern.family
+    elif isinstance(pattern, Named):
+        yield from _families(pattern.pattern)
+    elif isinstance(pattern, AnyOf):
+        for option in pattern.options:
+            yield from _families(option)
 
 
 class OpBuilder:
@@ -201,6 +231,16 @@ def same(a: Any, b: Any) -> bool:
     return bool(type(a) is type(b) and a == b)
 
 
+def _equals(literal: Any, value: Any) -> bool:
+    return same(literal, value) or (isinstance(literal, (int, float)) and same(literal, constant_number(value)))
+
+
+def _is_plain(pattern: Any) -> bool:
+    if isinstance(pattern, (list, tuple)):
+        return all(_is_plain(p) for p in pattern)
+    return not isinstance(pattern, Pattern)
+
+
 def bound_arguments(node: Node) -> dict[str, Any]:
     """Arguments of a call by schema name; positional names for `getitem`."""
     if isinstance(node.target, torch._ops.OpOverload):
@@ -226,11 +266,7 @@ class Matcher:
         elif isinstance(pattern, Call):
             yield from self._call(pattern, value, state, user)
         elif isinstance(pattern, AnyOf):
-            for index, option in enumerate(pattern.options):
-                for found in self._walk(option, value, state, user):
-                    tagged = found.bind(pattern.tag, index) if pattern.tag else found
-                    if tagged is not None:
-                        yield tagged
+            yield from self._any_of(pattern, value, state, user)
         elif isinstance(pattern, Named):
             for found in self._walk(pattern.pattern, value, state, user):
                 named = found.bind(pattern.name, value)
@@ -244,10 +280,24 @@ class Matcher:
             yield state
         elif isinstance(pattern, (list, tuple)) and isinstance(value, (list, tuple)):
             yield from self._sequence(pattern, value, state, user)
-        elif same(pattern, value) or (isinstance(pattern, (int, float)) and same(pattern, constant_number(value))):
+        elif _equals(pattern, value):
             yield state
         else:
             self.miss.note(state, user, f"expected {pattern!r}, got {_show(value)}")
+
+    def _any_of(self, pattern: AnyOf, value: Any, state: State, user: Node | None) -> Iterator[State]:
+        target = value.target if isinstance(value, Node) else None
+        tried = False
+        for index, (option, heads) in enumerate(zip(pattern.options, pattern.heads, strict=True)):
+            if heads is not None and target not in heads:
+                continue  # no miss of its own: an option that cannot start here explains nothing
+            tried = True
+            for found in self._walk(option, value, state, user):
+                tagged = found.bind(pattern.tag, index) if pattern.tag else found
+                if tagged is not None:
+                    yield tagged
+        if not tried:
+            self.miss.note(state, user, f"expected {pattern.describe()}, got {_show(value)}")
 
     def _capture(self, pattern: Capture, value: Any, state: State, user: Node | None) -> Iterator[State]:
         if pattern.kind == "number":
@@ -296,8 +346,15 @@ class Matcher:
             yield state
             return
         (pattern, value, name), *rest = pairs
+        wanted, got = pattern, value
         if name in _DIM_ARGUMENTS and isinstance(node.args[0], Node):
             pattern, value = _modulo_rank(pattern, value, node.args[0])
+        if _is_plain(pattern):
+            if _equals(pattern, value):
+                yield from self._arguments(rest, node, state)
+            else:
+                self.miss.note(state, node, f"{name} is {_show(got)}, expected {wanted!r}")
+            return
         for found in self._walk(pattern, value, state, node):
             yield from self._arguments(rest, node, found)
 
@@ -337,6 +394,8 @@ def _modulo_rank(pattern: Any, value: Any, operand: Node) -> tuple[Any, Any]:
             return [wrap(d) for d in dim]
         return dim % rank if rank and type(dim) is int else dim
 
+    if isinstance(pattern, AnyOf) and not any(isinstance(o, Pattern) for o in pattern.options):
+        return AnyOf(tuple(wrap(o) for o in pattern.options), pattern.tag), wrap(value)
     return (pattern if isinstance(pattern, Pattern) else wrap(pattern)), wrap(value)
 
 

@@ -34,6 +34,10 @@ class Reject(Exception):  # noqa: N818 - a value that travels by `raise`, not an
         self.node = node if isinstance(node, Node) else None
 
 
+class RolledBack(Reject):
+    """A replacement that was written and then not approved. It is reported wherever it happens."""
+
+
 def require(condition: bool, reason: str, node: Any = None) -> None:
     """A fact that must hold for a rewrite to be right; else the match is refused with `reason`."""
     if not condition:
@@ -69,6 +73,8 @@ class PassResult:
 
     applied: list[Applied] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    """Exceptions of the pass itself; what they touched was undone."""
 
     def apply(self, pass_name: str, op: str, node: Node, note: str = "") -> None:
         """Record a change at `node`."""
@@ -175,7 +181,8 @@ def apply_rewrite(rule: Rule, module: GraphModule, approve: Approve) -> PassResu
     """Apply `rule` wherever it matches and is legal. Edits `module.graph`; drops cached analyses."""
     pattern = pattern_of(rule)
     driver = _Driver(rule, module.graph, pattern, approve)
-    for root in find(module.graph, root_targets(pattern)):
+    # Users before their operands: the largest form of an idea is taken before a part of it can be.
+    for root in reversed(find(module.graph, root_targets(pattern))):
         if root not in driver.dead:
             driver.visit(root)
     driver.report_misses(rule.anchors(pattern))
@@ -195,6 +202,7 @@ class _Driver:
         self.needs_sort = False
         self._explained: dict[Node, tuple[int, Node, str]] = {}
         self._done: set[Node] = set()
+        self.anchors = frozenset(rule.anchors(pattern))
 
     def visit(self, root: Node) -> None:
         """Try to rewrite at `root`, and note why not."""
@@ -205,14 +213,29 @@ class _Driver:
                 self._take(match)
                 return
             except Reject as why:
-                refusal = refusal or (state, why)
+                if refusal is None or (isinstance(why, RolledBack) and not isinstance(refusal[1], RolledBack)):
+                    refusal = (state, why)
+            except Exception as error:  # noqa: BLE001 - a rule's own fault: undone, reported, others go on
+                self._fault(match, error)
+                return
             if count + 1 == _MOST_SOLUTIONS:
                 break
         if refusal is not None:
-            state, why = refusal
-            self._explain(state.nodes, why.node or root, why.reason, weight=1000)
+            state, reject = refusal
+            if isinstance(reject, RolledBack) or not self.anchors & {n.target for n in state.nodes}:
+                # No anchor would tell, and what matched in full must not be refused in silence.
+                self.result.reject(self.rule.name, reject.node or root, reject.reason)
+                self._done.update(state.nodes)
+            self._explain(state.nodes, reject.node or root, reject.reason, weight=1000)
         else:
             self._note_miss(self.matcher.miss)
+
+    def _fault(self, match: Match, error: Exception) -> None:
+        words = str(error).strip().splitlines() or [""]
+        text = f"raised {type(error).__name__}: {words[0]}"
+        self.result.faults.append(f"{self.rule.name} at {match.root.name} {text}; the match was left as it was")
+        self.result.reject(self.rule.name, match.root, text)
+        self._done.update(match.nodes)
 
     def _take(self, match: Match) -> None:
         self.rule.legal(match)
@@ -227,7 +250,7 @@ class _Driver:
             self._check_values(replacement)
             reason = self.approve(self.rule, match, replacement)
             if reason is not None:
-                raise Reject(reason, match.root)
+                raise RolledBack(reason, match.root)
         except BaseException:
             emit.undo()
             raise
@@ -293,11 +316,16 @@ class _Driver:
                 self._explained[reached] = (depth, node, reason)
 
     def report_misses(self, anchors: Sequence[Any]) -> None:
-        """One record for each anchor that ended in no match."""
+        """One record for each attempt that reached an anchor and ended in no match."""
+        told: set[tuple[int, Node, str]] = set()
         for anchor in find(self.graph, anchors):
             if anchor in self._done:
                 continue
-            _, where, reason = self._explained.get(anchor, (0, anchor, self._no_root(anchor)))
+            attempt = self._explained.get(anchor, (0, anchor, self._no_root(anchor)))
+            if attempt in told:
+                continue
+            told.add(attempt)
+            _, where, reason = attempt
             self.result.reject(self.rule.name, anchor, f"at {where.name}: {reason}" if where is not anchor else reason)
 
     def _no_root(self, anchor: Node) -> str:

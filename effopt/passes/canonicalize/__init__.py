@@ -1,8 +1,8 @@
-"""Recognition."""
+"""Recognition: every spelling of an idea becomes one canonical op, so that later passes match one node."""
 
 from __future__ import annotations
 
 from effopt.passes.base import Pass
-from effopt.passes.canonicalize.fuse_rms_norm import FuseRMSNorm
+from effopt.passes.canonicalize.recognize_rms_norm import RecognizeRMSNorm
 
-PASSES: tuple[type[Pass], ...] = (FuseRMSNorm,)
+PASSES: tuple[type[Pass], ...] = (RecognizeRMSNorm,)
