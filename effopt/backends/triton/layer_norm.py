@@ -75,22 +75,22 @@ def layer_norm_kernel(
 ):
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    o_col = tl.arange(0, COLUMNS)
+    o_col = tl.arange(0, COLUMNS)[None, :]
     m_col = o_col < d
-    m_tile = (o_row < n_rows) & m_col[None, :]
-    b_x = tl.load(p_x + o_row * x_stride + o_col[None, :], mask=m_tile, other=0.0).to(ACC)
+    m_tile = (o_row < n_rows) & m_col
+    b_x = tl.load(p_x + o_row * x_stride + o_col, mask=m_tile, other=0.0).to(ACC)
     if p_residual is not None:
-        b_x += tl.load(p_residual + o_row * residual_stride + o_col[None, :], mask=m_tile, other=0.0).to(ACC)
+        b_x += tl.load(p_residual + o_row * residual_stride + o_col, mask=m_tile, other=0.0).to(ACC)
         b_total = b_x.to(DTYPE)
-        tl.store(p_total + o_row * d + o_col[None, :], b_total, mask=m_tile)
+        tl.store(p_total + o_row * d + o_col, b_total, mask=m_tile)
         b_x = b_total.to(ACC)
     b_centred, b_scale = centre_block(b_x, m_tile, d, EPS, ACC)
     b_out = b_centred * b_scale
     if p_weight is not None:
-        b_out *= tl.load(p_weight + o_col, mask=m_col, other=0.0).to(ACC)[None, :]
+        b_out *= tl.load(p_weight + o_col, mask=m_col, other=0.0).to(ACC)
     if p_bias is not None:
-        b_out += tl.load(p_bias + o_col, mask=m_col, other=0.0).to(ACC)[None, :]
-    tl.store(p_out + o_row * d + o_col[None, :], b_out.to(DTYPE), mask=m_tile)
+        b_out += tl.load(p_bias + o_col, mask=m_col, other=0.0).to(ACC)
+    tl.store(p_out + o_row * d + o_col, b_out.to(DTYPE), mask=m_tile)
 
 
 @triton.jit
@@ -113,16 +113,17 @@ def layer_norm_backward_kernel(
     ACC: tl.constexpr,
 ):
     DTYPE: tl.constexpr = p_x.dtype.element_ty
-    i_program = tl.program_id(0)
-    o_col = tl.arange(0, COLUMNS)
+    i_program = tl.program_id(0).to(tl.int64)
+    o_col = tl.arange(0, COLUMNS)[None, :]
     m_col = o_col < d
+    o_partial = i_program * d + o_col
     b_dweight = tl.zeros([ROWS, COLUMNS], dtype=ACC)
     b_dbias = tl.zeros([ROWS, COLUMNS], dtype=ACC)
     for i_tile in range(i_program, tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
-        o_row = i_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-        m_tile = (o_row < n_rows) & m_col[None, :]
-        b_x = tl.load(p_x + o_row * x_stride + o_col[None, :], mask=m_tile, other=0.0).to(ACC)
-        b_grad = tl.load(p_grad + o_row * grad_stride + o_col[None, :], mask=m_tile, other=0.0).to(ACC)
+        o_row = i_tile * ROWS + tl.arange(0, ROWS)[:, None]
+        m_tile = (o_row < n_rows) & m_col
+        b_x = tl.load(p_x + o_row * x_stride + o_col, mask=m_tile, other=0.0).to(ACC)
+        b_grad = tl.load(p_grad + o_row * grad_stride + o_col, mask=m_tile, other=0.0).to(ACC)
         b_centred, b_scale = centre_block(b_x, m_tile, d, EPS, ACC)
         b_normed = b_centred * b_scale
         if p_dweight is not None:
@@ -130,19 +131,18 @@ def layer_norm_backward_kernel(
         if p_dbias is not None:
             b_dbias += b_grad
         if p_weight is not None:
-            b_grad *= tl.load(p_weight + o_col, mask=m_col, other=0.0).to(ACC)[None, :]
+            b_grad *= tl.load(p_weight + o_col, mask=m_col, other=0.0).to(ACC)
         b_mean = (tl.sum(b_grad, axis=1) / d)[:, None]
         b_along = (tl.sum(b_grad * b_normed, axis=1) / d)[:, None]
         b_dx = b_scale * (b_grad - b_mean - b_normed * b_along)
         if p_grad_total is not None:
-            p_tile = p_grad_total + o_row * grad_total_stride + o_col[None, :]
+            p_tile = p_grad_total + o_row * grad_total_stride + o_col
             b_dx += tl.load(p_tile, mask=m_tile, other=0.0).to(ACC)
-        tl.store(p_dx + o_row * d + o_col[None, :], b_dx.to(DTYPE), mask=m_tile)
-    o_partial = i_program.to(tl.int64) * d + o_col
+        tl.store(p_dx + o_row * d + o_col, b_dx.to(DTYPE), mask=m_tile)
     if p_dweight is not None:
-        tl.store(p_dweight + o_partial, tl.sum(b_dweight, axis=0), mask=m_col)
+        tl.store(p_dweight + o_partial, tl.sum(b_dweight, axis=0)[None, :], mask=m_col)
     if p_dbias is not None:
-        tl.store(p_dbias + o_partial, tl.sum(b_dbias, axis=0), mask=m_col)
+        tl.store(p_dbias + o_partial, tl.sum(b_dbias, axis=0)[None, :], mask=m_col)
 
 
 def _forward(
@@ -214,13 +214,12 @@ def _layer_norm_backward(
     check_floating(grad=grad, grad_total=grad_total, x=x, weight=weight)
     check_row(x, weight=weight)
     dx, d = torch.empty_like(x, memory_format=torch.contiguous_format), x.shape[-1]
-    wanted = (want_dweight, want_dbias)
     if x.numel() == 0:
         return dx, x.new_zeros(d if want_dweight else 0), x.new_zeros(d if want_dbias else 0)
-    rows, grad, tile = as_rows(x), as_rows(grad), tile_for(d)
+    rows, grad, tile = as_rows(x), as_rows(grad), tile_for(d, backward=True)
     grad_total = None if grad_total is None else as_rows(grad_total)
     programs = partial_programs(tile, rows.shape[0])
-    accumulate = torch.promote_types(x.dtype, torch.float32)
+    accumulate, wanted = torch.promote_types(x.dtype, torch.float32), (want_dweight, want_dbias)
     partials = [x.new_empty((programs, d), dtype=accumulate) if want else None for want in wanted]
     launch(
         layer_norm_backward_kernel,

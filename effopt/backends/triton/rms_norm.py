@@ -48,7 +48,7 @@ from effopt.target import Target
 
 @triton.jit
 def scale_block(p_weight, o_col, m_col, OFFSET: tl.constexpr, ROUND_TO: tl.constexpr, ACC: tl.constexpr):
-    """`weight + OFFSET` of the columns; rounded as the reference rounds it if ROUND_TO is a dtype."""
+    """`weight + OFFSET` as `[1, COLUMNS]`; rounded where the reference rounds, if ROUND_TO is a dtype."""
     b_weight = tl.load(p_weight + o_col, mask=m_col, other=0.0).to(ACC)
     if ROUND_TO is not None:
         b_weight = b_weight.to(ROUND_TO).to(ACC)
@@ -56,7 +56,7 @@ def scale_block(p_weight, o_col, m_col, OFFSET: tl.constexpr, ROUND_TO: tl.const
         b_weight += OFFSET
         if ROUND_TO is not None:
             b_weight = b_weight.to(ROUND_TO).to(ACC)
-    return b_weight[None, :]
+    return b_weight
 
 
 @triton.jit
@@ -80,21 +80,21 @@ def rms_norm_kernel(
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     ROUND_TO: tl.constexpr = DTYPE if ROUND_FIRST else None
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    o_col = tl.arange(0, COLUMNS)
+    o_col = tl.arange(0, COLUMNS)[None, :]
     m_col = o_col < d
-    m_tile = (o_row < n_rows) & m_col[None, :]
-    b_x = tl.load(p_x + o_row * x_stride + o_col[None, :], mask=m_tile, other=0.0).to(ACC)
+    m_tile = (o_row < n_rows) & m_col
+    b_x = tl.load(p_x + o_row * x_stride + o_col, mask=m_tile, other=0.0).to(ACC)
     if p_residual is not None:
-        b_x += tl.load(p_residual + o_row * residual_stride + o_col[None, :], mask=m_tile, other=0.0).to(ACC)
+        b_x += tl.load(p_residual + o_row * residual_stride + o_col, mask=m_tile, other=0.0).to(ACC)
         b_total = b_x.to(DTYPE)
-        tl.store(p_total + o_row * d + o_col[None, :], b_total, mask=m_tile)
+        tl.store(p_total + o_row * d + o_col, b_total, mask=m_tile)
         b_x = b_total.to(ACC)
     b_out = b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=1) / d + EPS)[:, None]
     if ROUND_FIRST:
         b_out = b_out.to(DTYPE).to(ACC)
     if p_weight is not None:
         b_out *= scale_block(p_weight, o_col, m_col, OFFSET, ROUND_TO, ACC)
-    tl.store(p_out + o_row * d + o_col[None, :], b_out.to(DTYPE), mask=m_tile)
+    tl.store(p_out + o_row * d + o_col, b_out.to(DTYPE), mask=m_tile)
 
 
 @triton.jit
@@ -119,15 +119,15 @@ def rms_norm_backward_kernel(
 ):
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     ROUND_TO: tl.constexpr = DTYPE if ROUND_FIRST else None
-    i_program = tl.program_id(0)
-    o_col = tl.arange(0, COLUMNS)
+    i_program = tl.program_id(0).to(tl.int64)
+    o_col = tl.arange(0, COLUMNS)[None, :]
     m_col = o_col < d
     b_dweight = tl.zeros([ROWS, COLUMNS], dtype=ACC)
     for i_tile in range(i_program, tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
-        o_row = i_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-        m_tile = (o_row < n_rows) & m_col[None, :]
-        b_x = tl.load(p_x + o_row * x_stride + o_col[None, :], mask=m_tile, other=0.0).to(ACC)
-        b_grad = tl.load(p_grad + o_row * grad_stride + o_col[None, :], mask=m_tile, other=0.0).to(ACC)
+        o_row = i_tile * ROWS + tl.arange(0, ROWS)[:, None]
+        m_tile = (o_row < n_rows) & m_col
+        b_x = tl.load(p_x + o_row * x_stride + o_col, mask=m_tile, other=0.0).to(ACC)
+        b_grad = tl.load(p_grad + o_row * grad_stride + o_col, mask=m_tile, other=0.0).to(ACC)
         b_rms = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / d + EPS)[:, None]
         b_normed = b_x * b_rms
         if p_dweight is not None:
@@ -137,12 +137,12 @@ def rms_norm_backward_kernel(
         b_along = (tl.sum(b_grad * b_normed, axis=1) / d)[:, None]
         b_dx = b_rms * (b_grad - b_normed * b_along)
         if p_grad_total is not None:
-            p_tile = p_grad_total + o_row * grad_total_stride + o_col[None, :]
+            p_tile = p_grad_total + o_row * grad_total_stride + o_col
             b_dx += tl.load(p_tile, mask=m_tile, other=0.0).to(ACC)
-        tl.store(p_dx + o_row * d + o_col[None, :], b_dx.to(DTYPE), mask=m_tile)
+        tl.store(p_dx + o_row * d + o_col, b_dx.to(DTYPE), mask=m_tile)
     if p_dweight is not None:
-        o_partial = i_program.to(tl.int64) * d + o_col
-        tl.store(p_dweight + o_partial, tl.sum(b_dweight, axis=0), mask=m_col)
+        o_partial = i_program * d + o_col
+        tl.store(p_dweight + o_partial, tl.sum(b_dweight, axis=0)[None, :], mask=m_col)
 
 
 def _forward(
@@ -224,7 +224,7 @@ def _rms_norm_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return dx, _no_dweight(x, weight, want_dweight)
-    rows, grad, tile = as_rows(x), as_rows(grad), tile_for(x.shape[-1])
+    rows, grad, tile = as_rows(x), as_rows(grad), tile_for(x.shape[-1], backward=True)
     grad_total = None if grad_total is None else as_rows(grad_total)
     programs = partial_programs(tile, rows.shape[0])
     accumulate = torch.promote_types(x.dtype, torch.float32)

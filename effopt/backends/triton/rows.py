@@ -24,12 +24,13 @@ from effopt.graph.ops.base import Op, Operands
 from effopt.target import Target
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_ROW_BYTES = 4 * 16384
-"""Longest row, in bytes of the accumulation dtype, that one program keeps without spilling.
+MAX_ROW, MAX_ROW_FLOAT64 = 8192, 2048
+"""Longest row that one program keeps in registers, by the dtype of accumulation.
 
-Backward of `add_layer_norm` is the tightest. With 16 warps a row of 16384 float32 is 32 values a
-thread, of which it holds four tiles under the 128 registers that sm_80, sm_90 and sm_100 leave it:
-no spill (ptxas, tests/backends/triton/aot_compile.py). At 32768 it spills.
+At 16 warps, 8192 float32 are 16 values a thread, and the backward pass of layer norm, which holds four
+tiles and two sums, takes 125 of the 128 registers that sm_90 leaves it. At 16384 it spills 344 to 744
+bytes a thread on sm_80, sm_90 and sm_100; so do 4096 float64, 40 to 64 bytes (ptxas of Triton 3.9).
+The bound is tested in tests/backends/triton/test_aot.py.
 """
 LAUNCH_S = 4.0e-6
 """Time of an empty kernel, launched from Python: the floor of every cost here."""
@@ -49,15 +50,18 @@ class Tile:
         return {"ROWS": self.rows, "COLUMNS": self.columns, "ACC": acc, "num_warps": self.warps}
 
 
-def tile_for(row_length: int) -> Tile:
-    """About 2048 elements a tile, 16 a thread: one 16-byte access each for two tensors of bfloat16.
+def tile_for(row_length: int, backward: bool = False) -> Tile:
+    """The tile of a row kernel: 16 elements a thread (8 in a backward pass) while 16 warps suffice.
 
-    Short rows share a program (query-key norms have rows of 64 to 256, and millions of them). At
-    most 16 warps, since AMD's have 64 lanes and a program at most 1024.
+    That is one 16-byte access of two tensors of bfloat16; a backward pass holds four tiles, and with
+    16 elements of each it takes 128 to 174 registers on sm_90. Short rows share a program: query-key
+    norms have rows of 64 to 256, and millions of them. At most 16 warps, since AMD's have 64 lanes
+    and a program at most 1024.
     """
     columns = triton.next_power_of_2(row_length)
-    rows = max(1, 2048 // columns)
-    return Tile(rows, columns, min(16, max(4, rows * columns // 512)))
+    per_warp = 256 if backward else 512
+    rows = max(1, 4 * per_warp // columns)
+    return Tile(rows, columns, min(16, max(4, rows * columns // per_warp)))
 
 
 def partial_programs(tile: Tile, n_rows: int) -> int:
@@ -116,7 +120,8 @@ def launch(kernel: Any, programs: int, on: Tensor, *args: Any, **options: Any) -
     else:
         guard = torch.accelerator.device_index(on.device.index)
     with guard:
-        kernel[(programs,)](*args, **options)
+        # Triton 3.9 warns if the caller leaves this open, since its default changes in 3.10.
+        kernel[(programs,)](*args, enable_fp_fusion=True, **options)
 
 
 def check_floating(**tensors: Tensor | None) -> None:
@@ -158,7 +163,7 @@ def row_refusal(name: str, x: Tensor) -> str | None:
     length = x.shape[-1]
     if not isinstance(length, int):
         return f"the row length of {name} is symbolic ({length}), and the tile is chosen from a number"
-    longest = MAX_ROW_BYTES // (8 if x.dtype == torch.float64 else 4)
+    longest = MAX_ROW_FLOAT64 if x.dtype == torch.float64 else MAX_ROW
     if length > longest:
         return f"{name} has rows of {length} {x.dtype}, and one program holds at most {longest}"
     return None
