@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule
 
 from effopt import pipeline as pipelines
-from effopt.backends import inductor
+from effopt.backends import inductor, run_time
 from effopt.backends.lower import lower
+from effopt.backends.outline import outline
 from effopt.errors import CaptureRefused
-from effopt.graph.capture import Captured, capture, restore
+from effopt.graph.capture import Captured, capture
+from effopt.graph.restore import restore
 from effopt.graph.weights import DerivedWeights
 from effopt.options import Options
 from effopt.passes.base import Context, Pass
 from effopt.plugins.manager import Registry, build_registry
+from effopt.plugins.observers import observers
 from effopt.plugins.report import GraphReport, LoweringRecord, Report
 from effopt.target import target_of
 
 _recording: ContextVar[tuple[Report, ...]] = ContextVar("effopt_recording", default=())
+
+_files: dict[str, Report] = {}
+"""Path given as option `report` -> what was compiled for it in this process: a model has several graphs."""
 
 
 @contextmanager
@@ -36,6 +43,41 @@ def record() -> Iterator[Report]:
         yield report
     finally:
         _recording.reset(token)
+
+
+def check_options(options: Mapping[str, Any] | None, mode: str | None = None) -> None:
+    """Raise what a compile call with these options would: OptionError or PipelineError."""
+    parsed = Options.parse(options, mode)
+    registry = build_registry(parsed.plugins)
+    pipelines.build(registry, passes=parsed.passes, pipeline=parsed.pipeline, disable=parsed.disable)
+
+
+def explain(
+    model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Report:
+    """Compile `model`, call it once on these inputs, and report what was done.
+
+    The call runs under the gradient and autocast modes around it: under `torch.no_grad()` it explains
+    inference, else training if a parameter asks for a gradient. It is compiled afresh each time.
+
+    Args:
+        model: a module, or a function of tensors.
+        inputs: positional inputs of the call.
+        options: as for `torch.compile`.
+        kwargs: keyword inputs of the call.
+
+    Raises:
+        OptionError, PipelineError: before anything is compiled.
+    """
+    check_options(options)
+
+    # A backend of its own: Dynamo would answer a second request with the first one's code, and no report.
+    def afresh(module: GraphModule, example: Sequence[Any], **given: Any) -> Callable[..., Any]:
+        return effopt(module, example, **given)
+
+    with record() as report, torch._dynamo.config.patch(recompile_limit=sys.maxsize):
+        torch.compile(model, backend=afresh, options=dict(options or {}))(*inputs, **kwargs)
+    return report
 
 
 def effopt(
@@ -63,17 +105,47 @@ def effopt(
         registry, passes=parsed.passes, pipeline=parsed.pipeline, disable=parsed.disable
     )
     report = GraphReport(pipeline=pipelines.text_of(pipeline))
-    for listener in _recording.get():
+    listeners = [*_recording.get(), *([_files.setdefault(parsed.report, Report())] if parsed.report else [])]
+    for listener in listeners:
         listener.graphs.append(report)
         listener.faults.extend(f for f in registry.faults if f not in listener.faults)
-    return _Compilation(parsed, registry, pipeline, report).run(module, inputs)
+    try:
+        compilation = _Compilation(parsed, registry, pipeline, report, is_read=bool(listeners))
+        compiled = compilation.run(module, inputs)
+        registry.hook.effopt_compile_end(report=report)
+    finally:
+        for listener in listeners:
+            faults = (*registry.faults, *report.faults)
+            listener.faults.extend(f for f in faults if f not in listener.faults)
+    if parsed.report:
+        _files[parsed.report].write(parsed.report)
+    return compiled
 
 
 class _Compilation:
     """One graph on its way through."""
 
-    def __init__(self, options: Options, registry: Registry, pipeline: list[Pass], report: GraphReport) -> None:
+    def __init__(
+        self,
+        options: Options,
+        registry: Registry,
+        pipeline: list[Pass],
+        report: GraphReport,
+        is_read: bool = True,
+    ) -> None:
         self.options, self.registry, self.pipeline, self.report = options, registry, pipeline, report
+        self.is_read = is_read
+        watching = observers(
+            registry,
+            report,
+            verify=options.verify,
+            rtol=options.rtol,
+            fuel=options.fuel,
+            dump=options.dump,
+            runs_backend=options.lowering != "eager",
+        )
+        for name, plugin in watching:
+            registry.manager.register(plugin, name)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -83,6 +155,12 @@ class _Compilation:
         finally:
             self.report.seconds[stage] = self.report.seconds.get(stage, 0.0) + time.perf_counter() - start
 
+    def _survey(self, moment: Literal["before", "after"], captured: Captured) -> None:
+        """Costs and listings, which cost time of their own, are gathered only for a report that is read."""
+        if self.is_read:
+            with self._timed("report"):
+                self.report.survey(moment, captured.module.graph, self.registry.ops)
+
     def run(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
             with self._timed("capture"):
@@ -90,12 +168,23 @@ class _Compilation:
         except CaptureRefused as why:
             self.report.refused = str(why)
             return self._hand_over(module, inputs)
+        # Casts are nodes of the captured graph: from here on, autocast would make them a second time.
+        with torch._C._DisableAutocast():
+            compiled = self._compile(captured, inputs)
+        if torch._C._is_any_autocast_enabled():
+            compiled = run_time.without_autocast(compiled)
+        return run_time.unless_storage_is_shared(compiled, captured.mutated, inputs, module)
+
+    def _compile(self, captured: Captured, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.report.training = captured.training
         weights = DerivedWeights(inputs)
         self._transform(captured, inputs, weights)
         lowered = self._lower(captured, inputs)
+        if self.options.outline and self.options.lowering != "eager":
+            with self._timed("outline"):
+                self.report.outlined = outline(lowered, inputs, captured.training)
         compiled = self._hand_over(lowered, inputs)
-        return _with_fresh_weights(compiled, lowered, weights)
+        return run_time.with_fresh_weights(compiled, lowered, weights)
 
     def _transform(self, captured: Captured, inputs: Sequence[Any], weights: DerivedWeights) -> None:
         module, hook = captured.module, self.registry.hook
@@ -107,14 +196,15 @@ class _Compilation:
             plans=self.options.plans,
         )
         self.report.nodes_before = len(module.graph.nodes)
+        self._survey("before", captured)
         hook.effopt_compile_start(module=module, options=self.options)
         for pass_ in self.pipeline:
-            with self._timed(f"pass:{pass_.name}"):
-                self.report.take(hook.effopt_run_pass(pass_=pass_, module=module, context=context))
+            self.report.take(hook.effopt_run_pass(pass_=pass_, module=module, context=context))
         module.graph.eliminate_dead_code()
         self.report.nodes_after = len(module.graph.nodes)
         overloads = {op.overload: op.name for op in self.registry.ops.values()}
         self.report.ops = Counter(overloads[n.target] for n in module.graph.nodes if n.target in overloads)
+        self._survey("after", captured)
 
     def _lower(self, captured: Captured, inputs: Sequence[Any]) -> GraphModule:
         with self._timed("lower"):
@@ -129,7 +219,7 @@ class _Compilation:
             self.report.lowerings = [
                 LoweringRecord(c.node, c.op, c.choice.lowering.name, c.choice.refused) for c in chosen
             ]
-            return restore(captured)
+            return restore(captured, runs_eagerly=self.options.lowering == "eager")
 
     def _hand_over(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.options.lowering == "eager":
@@ -138,20 +228,6 @@ class _Compilation:
         with self._timed("backend"):
             identity = "|".join(p.fingerprint() for p in self.pipeline)
             return inductor.compile_graph(module, inputs, settings, identity)
-
-
-def _with_fresh_weights(
-    compiled: Callable[..., Any], module: GraphModule, weights: DerivedWeights
-) -> Callable[..., Any]:
-    if not weights.entries:
-        return compiled
-
-    def call(*inputs: Any) -> Any:
-        for entry in weights.entries:
-            entry.refresh(module, inputs)
-        return compiled(*inputs)
-
-    return call
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:

@@ -18,6 +18,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "outline": (bool,),
     "report": (str,),
     "rtol": (float, int),
+    "fuel": (int,),
+    "dump": (str,),
     "plugins": (list, tuple),
 }
 
@@ -38,6 +40,10 @@ class Options:
     """Check the first rewrite of each class, every one (`always`), or none (`off`)."""
     rtol: float | None = None
     """Relative tolerance of the checks, instead of the dtype's."""
+    fuel: int | None = None
+    """Allow this many rewrites in each graph; for finding a wrong one."""
+    dump: str | None = None
+    """Directory to write the graph to, before and after each pass that changed it."""
     lowering: str = "auto"
     """`reference` inlines every reference; `eager` runs the graph without Inductor."""
     release_weights: bool = False
@@ -66,6 +72,11 @@ class Options:
             given["disable"] = [n.strip() for n in given["disable"].split(",") if n.strip()]
         if given.get("rtol") is not None and not 0 < given["rtol"] < 1:
             raise OptionError(f"option 'rtol' must lie in (0, 1), got {given['rtol']!r}")
+        if given.get("fuel") is not None and (isinstance(given["fuel"], bool) or given["fuel"] < 0):
+            raise OptionError(f"option 'fuel' must be a count of rewrites, 0 or more, got {given['fuel']!r}")
+        if given.get("report") and not given["report"].endswith((".json", ".html")):
+            got = given["report"]
+            raise OptionError(f"option 'report' must be a path ending in .json or .html, got {got!r}")
         if given.get("release_weights"):
             raise OptionError("option 'release_weights' needs a pass that derives weights; none does in this version")
         return Options(**given, mode=mode)

@@ -213,7 +213,8 @@ class _Driver:
                 self._take(match)
                 return
             except Reject as why:
-                if refusal is None or (isinstance(why, RolledBack) and not isinstance(refusal[1], RolledBack)):
+                rolled_back = refusal is not None and isinstance(refusal[1], RolledBack)
+                if refusal is None or (isinstance(why, RolledBack) and not rolled_back):
                     refusal = (state, why)
             except Exception as error:  # noqa: BLE001 - a rule's own fault: undone, reported, others go on
                 self._fault(match, error)
@@ -233,7 +234,7 @@ class _Driver:
     def _fault(self, match: Match, error: Exception) -> None:
         words = str(error).strip().splitlines() or [""]
         text = f"raised {type(error).__name__}: {words[0]}"
-        self.result.faults.append(f"{self.rule.name} at {match.root.name} {text}; the match was left as it was")
+        self.result.faults.append(f"at {match.root.name} {text}; the match was left as it was")
         self.result.reject(self.rule.name, match.root, text)
         self._done.update(match.nodes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from effopt.backends.base import Lowering
 from effopt.errors import PluginError
 from effopt.graph.ops.base import Op
 from effopt.passes.base import Pass
-from effopt.plugins import builtin, hookspec, standard
+from effopt.plugins import builtin, hookspec
 
 GROUP = "effopt"
 
@@ -33,6 +33,16 @@ class Registry:
     """Pass name -> the plugin that registered it."""
     faults: list[str] = field(default_factory=list)
     """What went wrong in which plugin; those plugins are left out, the others work."""
+
+    def fault(self, words: str) -> None:
+        """Note a fault once."""
+        if words not in self.faults:
+            self.faults.append(words)
+
+    def origin_of(self, pass_: Pass) -> str:
+        """The plugin that registered this pass; `the call's options` for an instance that none did."""
+        known = self.passes.get(pass_.name) is type(pass_)
+        return self.origin[pass_.name] if known else "options of the call"
 
     @property
     def hook(self) -> Any:
@@ -55,17 +65,27 @@ def build_registry(extra: Sequence[Any] = ()) -> Registry:
     manager.add_hookspecs(hookspec)
     registry = Registry(manager)
     manager.register(builtin, "effopt")
-    manager.register(standard, "effopt-standard")
     for entry in _entry_points():
         try:
-            manager.register(entry.load(), entry.name)
-        except Exception as error:
+            plugin = entry.load()
+        except Exception as error:  # noqa: BLE001 - anything can happen in a foreign import
             registry.faults.append(f"plugin {entry.name!r} ({entry.value}) failed to load: {_say(error)}")
+        else:
+            _register(registry, plugin, entry.name)
     for plugin in extra:
-        manager.register(plugin, _name_of(plugin))
-    for plugin in _in_order(manager):
-        _collect(registry, plugin)
+        _register(registry, plugin, _name_of(plugin))
+    for named in _in_order(manager):
+        _collect(registry, named)
     return registry
+
+
+def _register(registry: Registry, plugin: Any, name: str) -> None:
+    try:
+        registry.manager.register(plugin, name)
+    except Exception as error:  # noqa: BLE001 - a plugin's own fault: it is left out by name
+        if registry.manager.has_plugin(name):
+            registry.manager.unregister(name=name)
+        registry.faults.append(f"plugin {name!r} failed to register: {_say(error)}")
 
 
 def _in_order(manager: pluggy.PluginManager) -> list[tuple[str, Any]]:
@@ -82,10 +102,12 @@ def _collect(registry: Registry, named: tuple[str, Any]) -> None:
         ops = _call(plugin, "effopt_ops")
         lowerings = _call(plugin, "effopt_lowerings")
         _check(registry, name, passes, ops, lowerings)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a plugin's own fault: it is left out by name
         registry.faults.append(f"plugin {name!r} failed while registering: {_say(error)}")
         registry.manager.unregister(plugin)
         return
+    if plugin is not builtin:
+        _isolate(registry, name, plugin)
     for pass_ in passes:
         registry.passes[pass_.name] = pass_
         registry.origin[pass_.name] = name
@@ -94,6 +116,52 @@ def _collect(registry: Registry, named: tuple[str, Any]) -> None:
         known = registry.lowerings.setdefault(lowering.op.name, [])
         # The reference accepts everything and must stay last.
         known.insert(len(known) - 1 if known and known[-1].name == "reference" else len(known), lowering)
+
+
+def _isolate(registry: Registry, name: str, plugin: Any) -> None:
+    """Turn what a plugin's hooks raise into faults. Only registration faults leave the plugin out."""
+    for caller in registry.manager.get_hookcallers(plugin) or ():
+        for implementation in caller.get_hookimpls():
+            if implementation.plugin is plugin:
+                guard = _guard_wrapper if implementation.wrapper else _guard
+                what = f"plugin {name!r}: {caller.name}"
+                # Final to pluggy's own code; a proxy plugin would lose the options of the decorator.
+                implementation.function = guard(registry, what, implementation.function)  # type: ignore[misc]
+
+
+def _guard(registry: Registry, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        given = [list(a) if isinstance(a, list) else None for a in args]
+        try:
+            return function(*args)
+        except Exception as error:  # noqa: BLE001 - named in the report; the other plugins go on
+            registry.fault(f"{what} raised {_say(error)}")
+            for argument, copy in zip(args, given, strict=True):
+                if copy is not None:
+                    argument[:] = copy
+            return None
+
+    return call
+
+
+def _guard_wrapper(registry: Registry, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Generator[None, Any, Any]:
+        try:
+            wrapper = function(*args)
+            next(wrapper)
+        except Exception as error:  # noqa: BLE001 - as above; the wrapped hook runs without this wrapper
+            registry.fault(f"{what} raised {_say(error)}")
+            return (yield)
+        result = yield
+        try:
+            wrapper.send(result)
+        except StopIteration as stop:
+            return stop.value
+        except Exception as error:  # noqa: BLE001 - as above; the wrapped result stands
+            registry.fault(f"{what} raised {_say(error)}")
+        return result
+
+    return call
 
 
 def _call(plugin: Any, hook: str) -> Sequence[Any]:
