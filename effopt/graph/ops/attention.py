@@ -42,6 +42,10 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterable[Sample]:
         yield Sample((q, k, v), {"scale": 0.5, "mask": keep})
         yield Sample((q, k, v), {"scale": 0.5, "bias": torch.randn(1, h, t, s, dtype=dtype, device=device)})
         yield Sample((q, k, v), {"scale": 0.5, "sinks": torch.randn(h, dtype=dtype, device=device)})
+        one_blind = keep.clone()
+        one_blind[0, 0, 0] = False
+        yield Sample((q, k, v), {"scale": 0.5, "mask": one_blind, "fill": torch.finfo(dtype).min})
+        yield Sample((q, k, v), {"scale": 0.5, "mask": one_blind, "zero_masked_rows": True})
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
@@ -59,14 +63,17 @@ def _softmax(scores: Tensor, sinks: Optional[Tensor], zero_masked_rows: bool) ->
     if sinks is not None:
         sink = sinks.to(scores.dtype).view(-1, 1, 1)
         peak = torch.maximum(peak, sink.detach())
+    blind = peak == float("-inf")
+    if zero_masked_rows:
+        # Finite before exp, so that the gradient of such a row is 0 and not 0 * NaN.
+        peak = peak.masked_fill(blind, 0.0)
     weights = torch.exp(scores - peak)
     total = weights.sum(dim=-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sink - peak)
-    weights = weights / total
     if zero_masked_rows:
-        weights = torch.where(peak == float("-inf"), 0.0, weights)
-    return weights
+        total = total.masked_fill(blind, 1.0)
+    return weights / total
 
 
 @op(flops=_flops, samples=_samples, fake=_fake)
@@ -84,6 +91,7 @@ def attention(
     sinks: Optional[Tensor] = None,
     dropout_p: float = 0.0,
     zero_masked_rows: bool = False,
+    rows_see_key: bool = False,
 ) -> Tensor:
     """Attention of `query` over `key` and `value`.
 
@@ -100,6 +108,7 @@ def attention(
         sinks: `[h]`, one more logit per head that takes weight and gives no value.
         dropout_p: probability of dropping a weight; the kept ones are scaled.
         zero_masked_rows: rows that see no key give 0, as SDPA does. Otherwise NaN, as softmax does.
+        rows_see_key: proved that there is no such row. Changes no value: a kernel may leave out their care.
 
     Returns:
         `[b, h, t, dv]`, contiguous, dtype of `query`. The softmax accumulates in float32 or wider.

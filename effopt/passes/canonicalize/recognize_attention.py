@@ -19,11 +19,12 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from effopt.graph import ops
-from effopt.graph.analyses.attention_form import AttentionForm, read
-from effopt.graph.pattern import ANY, HOLE, Capture, OpBuilder, any_of, chain, number, tensor
+from effopt.graph.attention_form import read, write
+from effopt.graph.pattern import ANY, HOLE, Capture, Named, OpBuilder, any_of, chain, number, tensor
 from effopt.graph.rewrite import Emit, Match
 from effopt.passes.base import Example, Rewrite, Stage
+
+C = Capture
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,86 @@ class RecognizeAttention(Rewrite):
         return (torch.ops.aten.softmax.int,)
 
     def pattern(self, op: OpBuilder, query: Any, key: Any, value: Any) -> Any:  # type: ignore[override]
-        product = any_of(
-            op.matmul(tensor(query), tensor(key)),
-            op.bmm(tensor(query), tensor(key)),
-            op.baddbmm(tensor("added"), tensor(query), tensor(key), beta=number("beta"), alpha=number("alpha")),
-        )
-        scores = chain("steps", product, **_score_steps(op))
-        sunk = chain(
-            "outer", op.cat([scores, tensor("sinks")], Capture("sink_dim")), **_shift(op), cast=_cast(op)
-        )
-        probabilities = any_of(
-            _softmax(op, scores), op.slice(_softmax(op, sunk), -1, 0, Capture("kept"))
-        )
-        weights = chain("after", probabilities, **_weight_steps(op))
-        return any_of(op.matmul(weights, tensor(value)), op.bmm(weights, tensor(value)))
+        q, k, v = tensor(query), tensor(key), tensor(value)
+        with_bias = op.baddbmm(tensor("added"), q, k, beta=number("beta"), alpha=number("alpha"))
+        scores = chain("steps", Named("product", any_of(op.matmul(q, k), op.bmm(q, k), with_bias)), **_on_scores(op))
+        with_sink = op.cat([scores, tensor("sinks")], C("sink_dim"))
+        sunk = chain("outer", with_sink, shift=_shift(op), cast=op._to_copy(HOLE, dtype=ANY))
+        weights = any_of(_softmax(op, scores), op.slice(_softmax(op, sunk), -1, 0, C("kept")))
+        used = chain("after", weights, **_on_weights(op))
+        return any_of(op.matmul(used, v), op.bmm(used, v))
 
     def legal(self, m: Match) -> None:
         read(m)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
-        return _write(emit, read(m))
+        return write(emit, read(m))
+
+    def samples(self) -> Iterable[Example]:
+        q, k, v = (torch.randn(2, 4, n, 8) for n in (5, 7, 7))
+        keep = torch.rand(2, 1, 5, 7) > 0.3
+        bias = torch.randn(4, 5, 7)
+
+        def capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            scores = torch.tanh(q @ k.mT / 8.0 / 5.0) * 5.0
+            return torch.softmax(bias + scores, -1, dtype=torch.float32).to(q.dtype) @ v
+
+        def merged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            flat = [x.reshape(8, -1, 8) for x in (q, k, v)]
+            scores = torch.baddbmm(bias.repeat(2, 1, 1), flat[0], flat[1].mT, alpha=0.3)
+            return torch.bmm(scores.view(2, 4, 5, 7).softmax(-1).view(8, 5, 7), flat[2]).view(2, 4, 5, 8)
+
+        def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+            return (q @ k.mT).mul(0.3).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+        yield Example(capped, (q, k, v, bias))
+        yield Example(merged, (q, k, v, bias))
+        yield Example(masked, (q, k, v, keep))
+
+    def refusals(self) -> Iterable[Example]:
+        q = torch.randn(2, 4, 4, 4)
+        for dim in (-2, 1):
+            yield Example(lambda q, d=dim: (q @ q.mT).softmax(d) @ q, (q,), "dim")
+        yield Example(lambda q: [w := (q @ q.mT).softmax(-1), w @ q], (q,), "also used by")
+        late = lambda q, b: ((q @ q.mT + b) * -2.0).softmax(-1) @ q  # noqa: E731
+        yield Example(late, (q, torch.randn(4, 4)), "negative")
+        wide = lambda q, b: (q @ q.mT + b).softmax(-1) @ q  # noqa: E731
+        yield Example(wide, (q[:1], torch.randn(2, 1, 4, 4)), "enlarges")
+        yield Example(lambda q, w: (q @ w).softmax(-1) @ q, (q, torch.randn(4, 4)), "different ranks")
+
+
+def _softmax(op: OpBuilder, scores: Any) -> Any:
+    kinds = (op.softmax, op._softmax, op._safe_softmax)
+    return any_of(*(kind(scores, -1, ANY) for kind in kinds), tag="softmax_kind")
+
+
+def _shift(op: OpBuilder) -> Any:
+    largest = any_of(op.getitem(op.max(ANY, ANY, True), 0), op.amax(ANY, ANY, True))
+    return op.sub(HOLE, Named("peak", any_of(largest, op.detach(largest))))
+
+
+def _views(op: OpBuilder) -> dict[str, Any]:
+    view = any_of(*(view(HOLE, C("sizes")) for view in (op.view, op._unsafe_view, op.reshape)))
+    copy = op.clone(HOLE, memory_format=ANY)
+    return {"view": view, "clone": copy, "cast": op._to_copy(HOLE, dtype=ANY)}
+
+
+def _on_scores(op: OpBuilder) -> dict[str, Any]:
+    """What may stand between the product and softmax; `analyses.score_terms` says what each means."""
+    return _views(op) | {
+        "mul": op.mul(HOLE, C("factor")),
+        "div": op.div(HOLE, C("factor")),
+        "tanh": op.tanh(HOLE),
+        "add": op.add(HOLE, C("term")),
+        "shift": _shift(op),
+        "sub": op.sub(HOLE, C("term")),
+        "keep": op.where(tensor("condition"), HOLE, number("fill")),
+        "drop": op.where(tensor("condition"), number("fill"), HOLE),
+        "masked": op.masked_fill(HOLE, tensor("condition"), number("fill")),
+        "dropout": op.dropout(HOLE, C("p"), C("train")),
+    }
+
+
+def _on_weights(op: OpBuilder) -> dict[str, Any]:
+    native = op.getitem(op.native_dropout(HOLE, C("p"), C("train")), 0)
+    return _views(op) | {"dropout": op.dropout(HOLE, C("p"), C("train")), "native": native}
