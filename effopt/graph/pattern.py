@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.constants import constant_number
 from effopt.graph.ops.base import bind_schema
+from effopt.graph.values import val
 
 COMMUTATIVE = frozenset(
     "add mul maximum minimum bitwise_and bitwise_or logical_and logical_or __and__ __or__ eq ne".split()
@@ -179,6 +180,11 @@ def tensor(capture: Any) -> Capture:
     return Capture(capture if isinstance(capture, str) else capture.name, "node")
 
 
+def parameter(capture: Any) -> Capture:
+    """Restrict a capture to an input of the graph or a tensor stored in it: nothing that it computes."""
+    return Capture(capture if isinstance(capture, str) else capture.name, "parameter")
+
+
 def chain(name: str, base: Any, **steps: Any) -> Chain:
     """Peel off `steps` in any order and number until `base` matches."""
     return Chain(name, base, tuple(steps.items()))
@@ -309,6 +315,9 @@ class Matcher:
         elif pattern.kind == "node" and not isinstance(value, Node):
             self.miss.note(state, user, f"{pattern.name} is not a tensor: {_show(value)}")
             return
+        elif pattern.kind == "parameter" and not (isinstance(value, Node) and value.op in ("placeholder", "get_attr")):
+            self.miss.note(state, user, f"{pattern.name} is computed, not an input of the graph: {_show(value)}")
+            return
         bound = state.bind(pattern.name, value)
         if bound is None:
             was = _show(state.captures[pattern.name])
@@ -347,8 +356,8 @@ class Matcher:
             return
         (pattern, value, name), *rest = pairs
         wanted, got = pattern, value
-        if name in _DIM_ARGUMENTS and isinstance(node.args[0], Node):
-            pattern, value = _modulo_rank(pattern, value, node.args[0])
+        if name in _DIM_ARGUMENTS:
+            pattern, value = _modulo_rank(pattern, value, _rank_of_dims(node))
         if _is_plain(pattern):
             if _equals(pattern, value):
                 yield from self._arguments(rest, node, state)
@@ -385,10 +394,15 @@ class Matcher:
                 yield bound
 
 
-def _modulo_rank(pattern: Any, value: Any, operand: Node) -> tuple[Any, Any]:
-    operand_value = operand.meta.get("val")
-    rank = operand_value.dim() if isinstance(operand_value, torch.Tensor) else 0
+def _rank_of_dims(node: Node) -> int:
+    """The rank that the dimensions of a call count in: of its first operand, or of what it makes one longer."""
+    inserts = node.target in (torch.ops.aten.stack.default, torch.ops.aten.unsqueeze.default)
+    first = node if inserts else node.args[0]
+    value = val(first[0] if isinstance(first, (list, tuple)) and first else first)
+    return value.dim() if isinstance(value, torch.Tensor) else 0
 
+
+def _modulo_rank(pattern: Any, value: Any, rank: int) -> tuple[Any, Any]:
     def wrap(dim: Any) -> Any:
         if isinstance(dim, (list, tuple)):
             return [wrap(d) for d in dim]

@@ -44,9 +44,7 @@ class RecognizeRMSNorm(Rewrite):
 
         h = cast(x)
         square = Named("square", any_of(op.pow(h, 2), op.mul(h, h), op.square(h)))
-        mean = any_of(
-            op.mean(square, [-1], True), op.div(op.sum(square, [-1], True), number(d))
-        )
+        mean = any_of(op.mean(square, [-1], True), op.div(op.sum(square, [-1], True), number(d)))
         shifted = op.add(mean, number(eps))
         root = any_of(op.sqrt(shifted), op.pow(shifted, 0.5))
         inverse = any_of(
@@ -67,17 +65,29 @@ class RecognizeRMSNorm(Rewrite):
 
     def legal(self, m: Match) -> None:
         x = val(m.x)
-        require(isinstance(x, torch.Tensor) and x.dim() > 0, "x is not a tensor with a last dimension", m.root)
+        require(
+            isinstance(x, torch.Tensor) and x.dim() > 0, "x is not a tensor with a last dimension", m.root
+        )
         require(x.dtype.is_floating_point, f"x is {x.dtype}, not floating", m.root)
         require(m.shape is None or len(m.shape) == 1, "more than the last dimension is normalised", m.root)
         require(m.eps is None or m.eps >= 0, f"eps is negative ({m.eps})", m.root)
-        require(m.d is None or statically_known_true(x.shape[-1] == m.d), f"the sum is divided by {m.d}, not d", m.root)
+        require(
+            m.d is None or statically_known_true(x.shape[-1] == m.d),
+            f"the sum is divided by {m.d}, not d",
+            m.root,
+        )
         if m.square is not None:
             _require_wide(m, x.dtype)
         if m.weight is not None:
-            is_vector = len(shape_of(m.weight)) == 1 and statically_known_true(shape_of(m.weight)[0] == x.shape[-1])
+            is_vector = len(shape_of(m.weight)) == 1 and statically_known_true(
+                shape_of(m.weight)[0] == x.shape[-1]
+            )
             require(is_vector, f"weight is {list(shape_of(m.weight))}, not [d]", m.root)
-            require(m.scale is None or _scale_is_op_scale(m), "the weight is rounded otherwise than rms_norm does", m.root)
+            require(
+                m.scale is None or _scale_is_op_scale(m),
+                "the weight is rounded otherwise than rms_norm does",
+                m.root,
+            )
         require(val(m.root).dtype == x.dtype, f"the result is {val(m.root).dtype}, x is {x.dtype}", m.root)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
@@ -103,22 +113,48 @@ class RecognizeRMSNorm(Rewrite):
 
     def refusals(self) -> Iterable[Example]:
         x, w = torch.randn(2, 24, 24), torch.rand(24)
-        yield Example(lambda x, w: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6) * w, (x, w), "dim is [1], expected [-1]")
-        yield Example(lambda x: x * torch.rsqrt(x.pow(2).mean(-1) + 1e-6), (x[0],), "keepdim is False, expected True")
-        yield Example(lambda x, y: y * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), (x, x + 1), "in another")
+        yield Example(
+            lambda x, w: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6) * w,
+            (x, w),
+            "dim is [1], expected [-1]",
+        )
+        yield Example(
+            lambda x: x * torch.rsqrt(x.pow(2).mean(-1) + 1e-6), (x[0],), "keepdim is False, expected True"
+        )
+        yield Example(
+            lambda x, y: y * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), (x, x + 1), "in another"
+        )
         yield Example(lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) - 1e-6), (x,), "expected add")
-        yield Example(lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + -1e-6), (x,), "eps is negative")
-        yield Example(lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) / 23 + 1e-6), (x,), "divided by 23")
-        yield Example(lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), (x.half(),), "would not overflow")
+        yield Example(
+            lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + -1e-6), (x,), "eps is negative"
+        )
+        yield Example(
+            lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) / 23 + 1e-6), (x,), "divided by 23"
+        )
+        yield Example(
+            lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+            (x.half(),),
+            "would not overflow",
+        )
 
 
 def _require_wide(m: Match, narrow: torch.dtype) -> None:
     wide = torch.promote_types(narrow, torch.float32)
     taken = val(m.square).dtype
-    require(taken == wide, f"the square is taken in {taken}, not in {wide}: rms_norm would not overflow there", m.square)
-    casts = [n for n in m.nodes if n.target in (_aten._to_copy.default, _aten.type_as.default) and n.args[0] is m.x]
-    require(all(val(n).dtype in (narrow, wide) for n in casts), f"x is cast to another dtype than {wide}", m.root)
-    require(m.inner is None or val(m.inner).dtype in (narrow, wide), "the normed value is cast elsewhere", m.root)
+    require(
+        taken == wide,
+        f"the square is taken in {taken}, not in {wide}: rms_norm would not overflow there",
+        m.square,
+    )
+    casts = [
+        n for n in m.nodes if n.target in (_aten._to_copy.default, _aten.type_as.default) and n.args[0] is m.x
+    ]
+    require(
+        all(val(n).dtype in (narrow, wide) for n in casts), f"x is cast to another dtype than {wide}", m.root
+    )
+    require(
+        m.inner is None or val(m.inner).dtype in (narrow, wide), "the normed value is cast elsewhere", m.root
+    )
     require(m.early is None or val(m.early).dtype == wide, f"the weight is not applied in {wide}", m.root)
 
 
