@@ -21,6 +21,7 @@ FAMILIES = ("canonicalize", "cleanup", "attention", "fusion", "quantization", "l
 
 LAYER = {
     "errors": 0,
+    "options": 1,
     "target": 1,
     "graph": 2,
     "passes": 3,
@@ -29,8 +30,10 @@ LAYER = {
     "pipeline": 5,
     "compile": 6,
     "": 7,  # effopt/__init__.py, which only re-exports
+    "bench": 7,
     "testing": 8,
-    "cli": 8,
+    "commands": 9,
+    "cli": 10,
 }
 """An import goes to a lower number, or stays in its own part: so passes and backends never meet."""
 
