@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.source import ConstantSource
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule
 
@@ -34,12 +35,23 @@ def compile_graph(
     for node in module.graph.nodes:
         if node.op == "call_function" and getattr(node.target, "__module__", "").startswith("effopt"):
             marked[f"{node.target.__module__}.{node.target.__name__}"] = identity
+    _name_constants(module)
     patches = {
         **options,
         "unsafe_marked_cacheable_functions": marked,
         "post_grad_custom_pre_pass": _first(SettleAliases(), options.get("post_grad_custom_pre_pass")),
     }
     return inductor.compile(module, list(inputs), options=patches)  # type: ignore[no-any-return]
+
+
+def _name_constants(module: GraphModule) -> None:
+    """Give tensors stored in a Dynamo graph the guard source that AOTAutograd asks of each."""
+    sources = getattr(module, "_param_name_to_source", None)
+    if sources is None:
+        return
+    stored = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    missing = {name: ConstantSource(f"effopt_{name}") for name in stored if name not in sources}
+    module._param_name_to_source = {**sources, **missing}  # type: ignore[assignment]
 
 
 def _first(ours: CustomGraphPass, theirs: Any) -> Any:

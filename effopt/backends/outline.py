@@ -47,6 +47,7 @@ def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[
             of their values carry a gradient, since they share one backward graph.
     """
     graph = module.graph
+    _settle_symbols(graph)
     written = [n.args[1] for n in graph.find_nodes(op="call_function", target=_aten.copy_.default)]
     barriers = frozenset(_barriers(graph, written))
     _hoist_attributes(graph)
@@ -73,6 +74,30 @@ def _barriers(graph: Graph, written: Sequence[Any]) -> list[Node]:
         elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             found.append(node)
     return found
+
+
+def _settle_symbols(graph: Graph) -> None:
+    """Sizes go first: a symbolic size is read from the input that is it, or computed once, early.
+
+    Each layer computes its sizes again; between the layers' calls they would cut every block.
+    """
+    known: dict[str, Node] = {}
+    anchor = next(n for n in graph.nodes if n.op != "placeholder")
+    for node in list(graph.nodes):
+        size = val(node)
+        if not isinstance(size, torch.SymInt) or node.op == "output":
+            continue
+        earlier = known.get(str(size.node.expr))
+        if earlier is not None and node.op == "call_function":
+            node.replace_all_uses_with(earlier)
+            graph.erase_node(node)
+            continue
+        known[str(size.node.expr)] = node
+        if node.op == "call_function" and all(n.op == "placeholder" or n < anchor for n in node.all_input_nodes):
+            if node is anchor:
+                anchor = node.next
+            else:
+                anchor.prepend(node)
 
 
 def _hoist_attributes(graph: Graph) -> None:

@@ -69,9 +69,11 @@ def blocks(
         found = _best_run(nodes, sequence, start, stop, smallest)
         if found is None:
             continue
-        first, period, count = found
-        runs.append(Run(tuple(tuple(nodes[first + k * period : first + (k + 1) * period]) for k in range(count))))
-        spans += [(start, first), (first + period * count, stop)]
+        first, period, length, count = found
+        starts = [first + k * period for k in range(count)]
+        runs.append(Run(tuple(tuple(nodes[s : s + length]) for s in starts)))
+        ends = [start, *(s + length for s in starts)]
+        spans += list(zip(ends, [*starts, stop], strict=True))
     return Blocks(tuple(sorted(runs, key=lambda r: -r.saved_nodes)))
 
 
@@ -95,20 +97,39 @@ def _signature(value: Any) -> Any:
 
 def _best_run(
     nodes: Sequence[Node], sequence: Sequence[int], start: int, stop: int, smallest: int
-) -> tuple[int, int, int] | None:
-    """(first position, period, count) of the run that saves most, or None."""
-    best: tuple[int, tuple[int, int, int]] | None = None
+) -> tuple[int, int, int, int] | None:
+    """(first position, distance between copies, length, count) of the run that saves most, or None."""
+    best: tuple[int, int, int, int] | None = None
+    most = 0.0
+    position = {n: i for i, n in enumerate(nodes)}
     for period in _periods(sequence, start, stop, smallest):
         for low, high in _matching_stretches(sequence, period, start, stop):
-            count = (high - low) // period + 1
-            saved = (count - 1) * period
-            if count < 2 or (best is not None and saved <= best[0]):
+            length = min(period, high - low)
+            count = _copies(sequence, low, high, period, stop)
+            if length < smallest or _worth(length, count) <= most:
                 continue
-            spare = (high - low) + period - count * period
-            proved = _place(nodes, low, spare, period, count)
-            if proved is not None and (best is None or (proved[2] - 1) * period > best[0]):
-                best = ((proved[2] - 1) * period, proved)
-    return best[1] if best is not None else None
+            spare = high - low + period - count * period if high - low >= period else 0
+            proved = _place(nodes, position, low, spare, period, length, count)
+            if proved is not None and _worth(length, proved[3]) > most:
+                best, most = proved, _worth(length, proved[3])
+    return best
+
+
+def _worth(length: int, count: int) -> float:
+    """Nodes saved, less half of the block: of two ways to save as much, the smaller block leaves more to find."""
+    return (count - 1.5) * length
+
+
+def _copies(sequence: Sequence[int], low: int, high: int, period: int, stop: int) -> int:
+    """How often the stretch repeats: as a tandem, or, if barriers cut it, at the same distance."""
+    if high - low >= period:
+        return (high - low) // period + 1
+    count = 2
+    while high + (count - 1) * period <= stop - period and all(
+        sequence[i + (count - 1) * period] == sequence[i + count * period] for i in range(low, high)
+    ):
+        count += 1
+    return count
 
 
 def _periods(sequence: Sequence[int], start: int, stop: int, smallest: int) -> list[int]:
@@ -136,25 +157,24 @@ def _periods(sequence: Sequence[int], start: int, stop: int, smallest: int) -> l
 def _matching_stretches(
     sequence: Sequence[int], period: int, start: int, stop: int
 ) -> Iterator[tuple[int, int]]:
-    """Maximal [low, high) with `sequence[i] == sequence[i + period]`, at least one period long."""
+    """Maximal [low, high) with `sequence[i] == sequence[i + period]`."""
     low = start
     for i in range(start, stop - period + 1):
         if i == stop - period or sequence[i] != sequence[i + period]:
-            if i - low >= period:
+            if i > low:
                 yield low, i
             low = i + 1
 
 
 def _place(
-    nodes: Sequence[Node], low: int, spare: int, period: int, count: int
-) -> tuple[int, int, int] | None:
+    nodes: Sequence[Node], position: dict[Node, int], low: int, spare: int, period: int, length: int, count: int
+) -> tuple[int, int, int, int] | None:
     """The start, among the possible ones, with the fewest values carried over; then the proof."""
-    position = {n: i for i, n in enumerate(nodes)}
     offsets = sorted(range(spare + 1), key=lambda s: _carried(nodes, position, low + s, period))
     for shift in offsets[:4]:
-        equal = _isomorphic_prefix(nodes, position, low + shift, period, count)
+        equal = _isomorphic_prefix(nodes, position, low + shift, period, length, count)
         if equal >= 2:
-            return low + shift, period, equal
+            return low + shift, period, length, equal
     return None
 
 
@@ -166,24 +186,24 @@ def _carried(nodes: Sequence[Node], position: dict[Node, int], cut: int, period:
 
 
 def _isomorphic_prefix(
-    nodes: Sequence[Node], position: dict[Node, int], first: int, period: int, count: int
+    nodes: Sequence[Node], position: dict[Node, int], first: int, period: int, length: int, count: int
 ) -> int:
     """How many of the copies, from the first on, have the operand structure of the first."""
-    model = _structure(nodes, position, first, period)
+    model = _structure(nodes, position, first, length)
     for k in range(1, count):
-        if _structure(nodes, position, first + k * period, period) != model:
+        if _structure(nodes, position, first + k * period, length) != model:
             return k
     return count
 
 
-def _structure(nodes: Sequence[Node], position: dict[Node, int], first: int, period: int) -> list[Any]:
+def _structure(nodes: Sequence[Node], position: dict[Node, int], first: int, length: int) -> list[Any]:
     """For each node of an interval, for each operand: its offset inside, or that it comes from outside."""
 
     def locate(node: Node) -> int:
         offset = position.get(node, -1) - first
-        return offset if 0 <= offset < period else -1
+        return offset if 0 <= offset < length else -1
 
-    return [[locate(a) for a in operands(nodes[first + i])] for i in range(period)]
+    return [[locate(a) for a in operands(nodes[first + i])] for i in range(length)]
 
 
 def operands(node: Node) -> list[Node]:

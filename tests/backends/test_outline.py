@@ -1,0 +1,121 @@
+"""Outlined blocks compute what the flat graph did, gradients included, and are compiled once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from effopt.compile import record
+
+
+class Block(nn.Module):
+    """A residual layer whose input, and a view of it, are both kept for the backward pass."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x)))) * x.sigmoid()
+
+
+class Stack(nn.Module):
+    def __init__(self, depth: int, width: int = 32, keep: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.last, self.keep = nn.LayerNorm(width), keep
+
+    def forward(self, x: Tensor) -> Any:
+        seen = []
+        for block in self.blocks:
+            x = block(x)
+            seen.append(x.transpose(0, 1))
+        return (self.last(x), *seen) if self.keep else self.last(x)
+
+
+def outlined_counts(report: Any) -> list[int]:
+    return [block.count for graph in report.graphs for block in graph.outlined]
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["last", "every-layer-returned-as-a-view"])
+def test_training_gradients_equal_eager(keep: bool) -> None:
+    """Saved activations that alias a block's operands must survive buffer reuse (see backends/aliasing.py)."""
+    torch.manual_seed(0)
+    model, x = Stack(4, keep=keep), torch.randn(5, 7, 32, requires_grad=True)
+    with record() as report:
+        results = torch.compile(model, backend="effopt")(x)
+    assert 4 in outlined_counts(report)
+
+    def loss(outputs: Any) -> Tensor:
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return torch.stack([(o * o.detach().roll(k + 1)).sum() for k, o in enumerate(outputs)]).sum()
+
+    parameters = [x, *model.parameters()]
+    got = torch.autograd.grad(loss(results), parameters)
+    wanted = torch.autograd.grad(loss(model(x)), parameters)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
+
+
+def test_inference_returns_views_of_every_layer() -> None:
+    torch.manual_seed(0)
+    model, x = Stack(3, keep=True).eval(), torch.randn(5, 7, 32)
+    with torch.no_grad(), record() as report:
+        compiled = torch.compile(model, backend="effopt")
+        results = compiled(x)
+    assert 3 in outlined_counts(report)
+    for got, wanted in zip(results, model(x), strict=True):
+        assert got.stride() == wanted.stride()
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_that_disagree_on_gradients_are_not_one_block() -> None:
+    """The first layers are frozen: they share no backward graph with the trained ones."""
+    torch.manual_seed(0)
+    model, x = Stack(4), torch.randn(2, 3, 32)
+    for block in list(model.blocks)[:2]:
+        block.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with record() as report:
+        got = torch.autograd.grad((torch.compile(model, backend="effopt")(x) * x).sum(), trained)
+    assert 4 not in outlined_counts(report)
+    wanted = torch.autograd.grad((model(x) * x).sum(), trained)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
+
+
+def test_dynamic_sizes_do_not_cut_blocks() -> None:
+    class Reshaping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                b, t, d = x.shape
+                flat = torch.relu(layer(x).view(b * t, d) + 1.0)
+                x = x + torch.tanh(flat.view(b, t, d).exp() * 0.1)
+            return x
+
+    torch.manual_seed(0)
+    model = Reshaping().eval()
+    with torch.no_grad(), record() as report:
+        compiled = torch.compile(model, backend="effopt", dynamic=True)
+        for b, t in ((2, 3), (4, 5), (3, 9)):
+            x = torch.randn(b, t, 8)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    assert len(report.graphs) == 1
+    assert 4 in outlined_counts(report)
+
+
+def test_outlining_can_be_switched_off() -> None:
+    torch.manual_seed(0)
+    model, x = Stack(3).eval(), torch.randn(2, 3, 32)
+    with torch.no_grad(), record() as report:
+        result = torch.compile(model, backend="effopt", options={"outline": False})(x)
+    assert outlined_counts(report) == []
+    torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
