@@ -1,4 +1,4 @@
-"""A Dynamo graph to normal form, and back.
+"""A Dynamo graph to normal form. (And back: `graph/restore.py`.)
 
 Normal form: functional, pre-dispatch ATen. Composite ops stay whole, nothing is written in place,
 the new values of mutated inputs are the first outputs, every node has a fake value. There is no
@@ -10,19 +10,22 @@ casts that autocast would make are nodes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch._functorch.aot_autograd import aot_export_module
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_or
 
 from effopt.errors import CaptureRefused
-from effopt.graph import normalize
+from effopt.graph import autocast, normalize, opaque
 from effopt.graph.values import val
 
-_aten = torch.ops.aten
+_SHARED = "an input is written in place and shares storage with another input"
 
 
 @dataclass
@@ -35,6 +38,20 @@ class Captured:
     """Positions of the inputs whose new values are the first outputs, in output order."""
     training: bool
     """Whether a backward pass can be taken through it."""
+    outputs: tuple[OutputForm, ...]
+    """What a caller can observe of each of the original's outputs, other than its value."""
+
+
+@dataclass(frozen=True)
+class OutputForm:
+    """Whose memory an output reads, and in which order its dimensions lie there."""
+
+    kind: Literal["input", "written", "fresh", "none"]
+    """It reads an input; a written input's new value; memory of its own; or it is no tensor."""
+    owner: int
+    """Position of that input; for `fresh`, the first output that reads the same memory."""
+    order: tuple[int, ...] | None = None
+    """Dimensions of the memory's owner from the outermost to the innermost, if they are dense."""
 
 
 def is_training(inputs: Sequence[Any]) -> bool:
@@ -54,13 +71,7 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> Captured:
     """
     _refuse_inputs(inputs)
     training = is_training(inputs)
-    try:
-        exported, signature = aot_export_module(module, list(inputs), trace_joint=False, pre_dispatch=True)
-    except Exception as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise CaptureRefused(f"functional capture failed: {type(error).__name__}: {first_line}") from error
-    if not isinstance(exported, GraphModule):
-        raise CaptureRefused("functional capture gave no graph")
+    exported, signature, calls = _export(module, inputs)
     names = [node.name for node in exported.graph.find_nodes(op="placeholder")]
     written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     mutated = tuple(names.index(name) for name in written)
@@ -70,10 +81,103 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> Captured:
                 raise CaptureRefused(f"input {names[position]} requires a gradient and is written in place")
     _refuse_shared_storage(inputs, mutated)
     _keep_identity(module, exported)
-    normalize.remove_grad_mode(exported, training)
-    normalize.make_casts_explicit(exported)
-    normalize.drop_bookkeeping(exported, training)
-    return Captured(exported, mutated, training)
+    opaque.put_back(exported, calls)
+    asks_for_gradient = any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs)
+    normalize.remove_grad_mode(exported, training, asks_for_gradient)
+    autocast.make_casts_explicit(exported)
+    with torch._C._DisableAutocast():
+        normalize.drop_bookkeeping(exported, training)
+    return Captured(exported, mutated, training, output_forms(exported, mutated))
+
+
+def _export(
+    module: GraphModule, inputs: Sequence[Any]
+) -> tuple[GraphModule, Any, dict[int, opaque.Call]]:
+    """Functional pre-dispatch trace. Dynamo's graph is left as it is: a refused graph still has to run."""
+    _refuse_transforms(module)
+    copied = GraphModule(module, copy_graph(module.graph))
+    with opaque.set_aside(copied) as calls, _autocast_for(copied):
+        try:
+            exported, signature = aot_export_module(
+                copied, list(inputs), trace_joint=False, pre_dispatch=True
+            )
+        except Exception as error:
+            text = str(error).strip()
+            if "aliased inputs that are mutated" in text:
+                raise CaptureRefused(_SHARED) from error
+            first_line = text.split("\n")[0]
+            raise CaptureRefused(f"functional capture failed: {type(error).__name__}: {first_line}") from error
+    if not isinstance(exported, GraphModule):
+        raise CaptureRefused("functional capture gave no graph")
+    return exported, signature, calls
+
+
+def _autocast_for(module: GraphModule) -> AbstractContextManager[None]:
+    if autocast.ambient() or autocast.has_regions(module):
+        return autocast.traced(module)
+    return nullcontext()
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """A copy that can be edited without touching the original; node metadata is copied one level deep."""
+    copied = Graph()
+    environment: dict[Node, Node] = {}
+    copied.output(copied.graph_copy(graph, environment))
+    return copied
+
+
+def output_forms(module: GraphModule, mutated: Sequence[int]) -> tuple[OutputForm, ...]:
+    """What the outputs after those of `mutated` look like to the caller."""
+    graph = module.graph
+    (output,) = graph.find_nodes(op="output")
+    placeholders = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    values = list(output.args[0])
+    written = dict(zip(values[: len(mutated)], mutated, strict=True))
+    owners: dict[Node, int] = {}
+    forms = []
+    for index, node in enumerate(values[len(mutated) :]):
+        forms.append(_form_of(node, index, placeholders, written, owners))
+    return tuple(forms)
+
+
+def _form_of(
+    node: Any, index: int, placeholders: dict[Node, int], written: dict[Any, int], owners: dict[Node, int]
+) -> OutputForm:
+    if not isinstance(node, Node) or not isinstance(val(node), torch.Tensor):
+        return OutputForm("none", -1)
+    base: Node | None = node
+    while base is not None:
+        # The new value of one input can be another input, whose views are views of that one.
+        if base in written and base not in placeholders:
+            return OutputForm("written", written[base])
+        root, base = base, normalize.view_base(base)
+    if root in placeholders:
+        return OutputForm("input", placeholders[root])
+    return OutputForm("fresh", owners.setdefault(root, index), dense_order(val(root)))
+
+
+def dense_order(value: Any) -> tuple[int, ...] | None:
+    """Dimensions from the outermost to the innermost if the tensor is dense in that order, else None."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return None
+    order = sorted(range(value.dim()), key=_stride_of(value))
+    expected: Any = 1
+    for dim in reversed(order):
+        if not statically_known_true(sym_or(value.stride(dim) == expected, value.shape[dim] == 1)):
+            return None
+        expected = expected * value.shape[dim]
+    return tuple(order)
+
+
+def _stride_of(value: torch.Tensor) -> Any:
+    def compare(a: int, b: int) -> int:
+        if statically_known_true(value.stride(a) > value.stride(b)):
+            return -1
+        if statically_known_true(value.stride(a) < value.stride(b)):
+            return 1
+        return a - b
+
+    return functools.cmp_to_key(compare)
 
 
 def _refuse_inputs(inputs: Sequence[Any]) -> None:
@@ -91,6 +195,14 @@ def _refuse_inputs(inputs: Sequence[Any]) -> None:
             raise CaptureRefused(f"input {position} is a quantized tensor")
 
 
+def _refuse_transforms(module: GraphModule) -> None:
+    """`torch.func` transforms are calls that open and close a level; the tracer cannot look below one."""
+    for node in module.graph.nodes:
+        name = getattr(node.target, "__module__", None) or ""
+        if node.op == "call_function" and name.startswith(("torch._C._functorch", "torch._functorch")):
+            raise CaptureRefused(f"a torch.func transform ({node.target.__name__}) inside the graph")
+
+
 def _refuse_shared_storage(inputs: Sequence[Any], mutated: Sequence[int]) -> None:
     """A write through one of several inputs with one storage is seen by the others: not functional."""
     owners: dict[int, list[int]] = {}
@@ -103,7 +215,7 @@ def _refuse_shared_storage(inputs: Sequence[Any], mutated: Sequence[int]) -> Non
     for position in mutated:
         for sharing in owners.values():
             if position in sharing and len(sharing) > 1:
-                raise CaptureRefused(f"input {position} is written in place and shares storage with another input")
+                raise CaptureRefused(_SHARED)
 
 
 def _keep_identity(original: GraphModule, exported: GraphModule) -> None:
@@ -121,67 +233,3 @@ def _keep_identity(original: GraphModule, exported: GraphModule) -> None:
         for key in ("tensor_dict", "example_value", "steal_arg", "grapharg"):
             if key in old.meta:
                 new.meta[key] = old.meta[key]
-
-
-def restore(captured: Captured) -> GraphModule:
-    """Undo the functional form: write mutated inputs back and return what the original returned.
-
-    Outputs that were views of a mutated input are views of it again, and every output has the
-    strides that the original gave it.
-    """
-    module = captured.module
-    graph = module.graph
-    (output,) = graph.find_nodes(op="output")
-    values = list(output.args[0])
-    count = len(captured.mutated)
-    fresh, returned = values[:count], values[count:]
-    placeholders = list(graph.find_nodes(op="placeholder"))
-    rebased: dict[Node, Node] = {}
-    with graph.inserting_before(output):
-        for position, new in zip(captured.mutated, fresh, strict=True):
-            if new is placeholders[position]:
-                continue
-            written = graph.call_function(_aten.copy_.default, (placeholders[position], new))
-            written.meta["val"] = val(placeholders[position])
-            if isinstance(new, Node):
-                rebased[new] = placeholders[position]
-        returned = [_rebase(graph, node, rebased) for node in returned]
-    output.args = (tuple(returned),)
-    _tolerate_strides(module)
-    module.graph.lint()
-    module.recompile()
-    return module
-
-
-def _rebase(graph: torch.fx.Graph, node: Any, rebased: dict[Node, Node]) -> Any:
-    """The same value as `node`, read through the written input if `node` is a view of its new value."""
-    if not isinstance(node, Node):
-        return node
-    if node in rebased:
-        return rebased[node]
-    chain = []
-    base = node
-    while isinstance(base, Node) and base not in rebased and normalize.is_view(base):
-        chain.append(base)
-        base = base.args[0]  # type: ignore[assignment]
-    if base not in rebased:
-        return node
-    source = rebased[base]
-    for view in reversed(chain):
-        again = graph.call_function(view.target, (source, *view.args[1:]), view.kwargs)  # type: ignore[arg-type]
-        again.meta.update(view.meta)
-        source = again
-    return source
-
-
-def _tolerate_strides(module: GraphModule) -> None:
-    """A kernel may give other strides than the op it replaced: `view` becomes `reshape` there.
-
-    Views that end at an input keep aliasing it, since those strides are the caller's.
-    """
-    for node in module.graph.find_nodes(op="call_function", target=_aten.view.default):
-        base = node.args[0]
-        while isinstance(base, Node) and normalize.is_view(base):
-            base = base.args[0]  # type: ignore[assignment]
-        if isinstance(base, Node) and base.op != "placeholder":
-            node.target = _aten.reshape.default

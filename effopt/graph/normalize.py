@@ -1,7 +1,8 @@
-"""Graph state that is not data - gradient mode, autocast - made explicit, and bookkeeping dropped."""
+"""Gradient mode made explicit, and bookkeeping dropped. (Autocast: `graph/autocast.py`.)"""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -11,9 +12,8 @@ from effopt.errors import CaptureRefused
 from effopt.graph.values import fake_call, val
 
 _aten = torch.ops.aten
+GETITEM = operator.getitem
 _SET_GRAD = torch._C._set_grad_enabled
-_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
-_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 
 
 def is_view(node: Node) -> bool:
@@ -24,17 +24,40 @@ def is_view(node: Node) -> bool:
     return bool(returned and returned[0].alias_info is not None and not returned[0].alias_info.is_write)
 
 
-def remove_grad_mode(module: GraphModule, training: bool) -> None:
+def view_base(node: Node) -> Node | None:
+    """What a node is a view of: its operand, through one result of a split too; None if it is no view."""
+    source = node.args[0] if node.target is GETITEM else node
+    if isinstance(source, Node) and is_view(source) and isinstance(source.args[0], Node):
+        return source.args[0]
+    return None
+
+
+def view_root(node: Node) -> Node:
+    """The node whose memory `node` reads, through any number of views."""
+    while (base := view_base(node)) is not None:
+        node = base
+    return node
+
+
+def remove_grad_mode(module: GraphModule, training: bool, asks_for_gradient: bool) -> None:
     """Drop `set_grad_enabled` markers; inside `no_grad` regions, read detached operands instead.
 
     The results are the same values and, as in the original, carry no gradient.
+
+    Args:
+        module: edited.
+        training: whether the call runs with autograd and an input asks for a gradient.
+        asks_for_gradient: whether some input does, autograd or not.
+
+    Raises:
+        CaptureRefused: `enable_grad` where the call itself runs without autograd.
     """
     enabled = training
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target is _SET_GRAD:
             wanted = bool(node.args[0])
-            if wanted and not training and torch.is_inference_mode_enabled():
-                raise CaptureRefused("enable_grad inside inference mode")
+            if wanted and asks_for_gradient and not torch.is_grad_enabled():
+                raise CaptureRefused("an enable_grad region in a call that runs without autograd")
             enabled = training and wanted
             module.graph.erase_node(node)
         elif training and not enabled and node.op == "call_function":
@@ -51,13 +74,6 @@ def _detach_operands(module: GraphModule, node: Node) -> None:
             detached.meta.update({k: v for k, v in operand.meta.items() if k != "no_grad"})
             node.replace_input_with(operand, detached)
     node.meta["no_grad"] = True
-
-
-def make_casts_explicit(module: GraphModule) -> None:
-    """Replace autocast, ambient or of a region, by the casts that it makes."""
-    markers = [n for n in module.graph.nodes if n.op == "call_function" and n.target is _ENTER_AUTOCAST]
-    if markers:
-        raise CaptureRefused("an autocast region inside the graph")
 
 
 def drop_bookkeeping(module: GraphModule, training: bool) -> None:
@@ -79,14 +95,18 @@ def drop_bookkeeping(module: GraphModule, training: bool) -> None:
 def _spell_copy(module: GraphModule, node: Node) -> None:
     """Functional `copy(into, source)` is `source` in the dtype and shape of `into`; copy has no derivative."""
     into, source = val(node.args[0]), node.args[1]
+    sizes = list(into.shape)
+    is_expanded = list(val(source).shape) != sizes
+    if is_expanded and any(isinstance(s, torch.SymInt) for s in sizes):
+        return
     steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    if val(source).dtype != into.dtype:
-        steps.append((_aten._to_copy.default, (), {"dtype": into.dtype}))
-    if list(val(source).shape) != list(into.shape):
-        sizes = list(into.shape)
-        if any(isinstance(s, torch.SymInt) for s in sizes):
-            return
+    if is_expanded:
         steps.append((_aten.expand.default, (sizes,), {}))
+    if val(source).dtype != into.dtype or val(source).device != into.device:
+        steps.append((_aten._to_copy.default, (), {"dtype": into.dtype, "device": into.device}))
+    else:
+        # A copy even where nothing changes: what was copied must not alias its source.
+        steps.append((_aten.clone.default, (), {}))
     current: Any = source
     for target, rest, kwargs in steps:
         with module.graph.inserting_before(node):

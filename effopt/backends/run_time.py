@@ -1,0 +1,67 @@
+"""What a compiled call still does at run time, around the compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from effopt.graph.weights import DerivedWeights
+
+Compiled = Callable[..., Any]
+
+
+def with_fresh_weights(compiled: Compiled, module: Module, weights: DerivedWeights) -> Compiled:
+    """Derive constants again whose parameters have changed since."""
+    if not weights.entries:
+        return compiled
+
+    def call(*inputs: Any) -> Any:
+        for entry in weights.entries:
+            entry.refresh(module, inputs)
+        return compiled(*inputs)
+
+    return call
+
+
+def without_autocast(compiled: Compiled) -> Compiled:
+    """Run with autocast off, whatever is on around it: the casts are in the code."""
+
+    def call(*inputs: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return compiled(*inputs)
+
+    return call
+
+
+def unless_storage_is_shared(
+    compiled: Compiled, written: Sequence[int], inputs: Sequence[Any], original: Compiled
+) -> Compiled:
+    """Run `original` when an input that is written shares memory with another one.
+
+    Compiled code has read each input before it writes any. Dynamo guards against the same tensor passed
+    twice, not against two views of one memory.
+
+    Args:
+        compiled: what runs otherwise.
+        written: positions of the inputs that it writes.
+        inputs: the inputs of the compile call. Parameters are left out: a module owns them.
+        original: same call, uncompiled.
+    """
+    if not written:
+        return compiled
+    others = [
+        i
+        for i, value in enumerate(inputs)
+        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter) and i not in written
+    ]
+
+    def call(*inputs: Any) -> Any:
+        memory = {inputs[i].untyped_storage()._cdata for i in written}
+        if len(memory) < len(written) or any(inputs[i].untyped_storage()._cdata in memory for i in others):
+            return original(*inputs)
+        return compiled(*inputs)
+
+    return call
