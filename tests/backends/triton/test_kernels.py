@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.backends.triton.calls import assert_gradients, assert_values, gradients, outputs, wanting_gradients
 
 from effopt.backends.base import Lowering
 from effopt.backends.triton import LOWERINGS, layer_norm, rms_norm
+from effopt.backends.triton.rows import DTYPES
 from effopt.graph.ops import Sample
-from effopt.testing.tolerances import TOLERANCES
+from effopt.testing.tolerances import GRADIENT_FACTOR
+from tests.backends.triton.calls import assert_gradients, assert_values, gradients, outputs, wanting_gradients
 
 BY_NAME = {lowering.op.name: lowering for lowering in LOWERINGS}
 every_lowering = pytest.mark.parametrize("lowering", LOWERINGS, ids=BY_NAME)
-every_dtype = pytest.mark.parametrize(
-    "dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch.")
-)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def call_on(name: str, x: torch.Tensor, vector: torch.Tensor) -> Sample:
@@ -41,9 +40,12 @@ def test_values(lowering: Lowering, dtype: torch.dtype, device: torch.device) ->
 
 @every_lowering
 def test_gradients(lowering: Lowering, device: torch.device) -> None:
-    for dtype in TOLERANCES:
+    for dtype in DTYPES:
+        # The sum with the residual is rounded before it is normalised, and what that moves in each row
+        # need not cancel where the weight's gradient, a sum over rows, does.
+        rounded = lowering.op.name.startswith("add") and dtype.itemsize == 2
         for sample in lowering.op.samples(dtype, device):
-            assert_gradients(lowering, wanting_gradients(sample))
+            assert_gradients(lowering, wanting_gradients(sample), factor=4.0 if rounded else 1.0)
 
 
 @pytest.mark.parametrize("shape", [(2, 2000), (1, 1, 1, 2), (65, 10), (3, 7, 1026)], ids=str)
@@ -116,7 +118,7 @@ def test_opcheck(lowering: Lowering, device: torch.device) -> None:
 def test_programs_walk_over_many_tiles(
     family: object, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three programs for eleven tiles, the last one partly empty: dweight is right, and repeats bit by bit."""
+    """Three programs for eleven tiles, the last partly empty: dweight is right, and its bits repeat."""
     monkeypatch.setattr(family, "partial_programs", lambda tile, n_rows: 3)
     for name in (n for n in BY_NAME if n.endswith(family.__name__.rpartition(".")[2])):
         x = torch.randn(10 * 8 + 3, 100, device=device)
@@ -194,5 +196,6 @@ def test_large_on_gpu(lowering: Lowering, dtype: torch.dtype) -> None:
         x = torch.randn(rows, d, device=device, dtype=dtype)
         sample = call_on(lowering.op.name, x, torch.randn(d, device=device, dtype=dtype))
         assert_values(lowering, sample)
-        if lowering.op.name != "rope":
-            assert_gradients(lowering, wanting_gradients(sample))
+        if lowering.op.name != "rope":  # its call's tables are views of one vector, whose gradient is not its
+            # A weight's gradient is the sum of up to 4097 terms, and some cancel to nearly nothing.
+            assert_gradients(lowering, wanting_gradients(sample), factor=GRADIENT_FACTOR)
