@@ -12,7 +12,8 @@ from typing import Any
 import pluggy
 
 from effopt.backends.base import Lowering
-from effopt.errors import PluginError
+from effopt.backends.reference import reference_lowering
+from effopt.errors import PluginError, unknown
 from effopt.graph.ops.base import Op
 from effopt.passes.base import Pass
 from effopt.plugins import builtin, hookspec
@@ -31,6 +32,8 @@ class Registry:
     """Op name -> its lowerings, the reference last."""
     origin: dict[str, str] = field(default_factory=dict)
     """Pass name -> the plugin that registered it."""
+    op_origin: dict[str, str] = field(default_factory=dict)
+    """Op name -> the plugin that registered it."""
     faults: list[str] = field(default_factory=list)
     """What went wrong in which plugin; those plugins are left out, the others work."""
 
@@ -82,6 +85,9 @@ def build_registry(extra: Sequence[Any] = ()) -> Registry:
 def _register(registry: Registry, plugin: Any, name: str) -> None:
     try:
         registry.manager.register(plugin, name)
+        for caller in registry.manager.get_hookcallers(plugin) or ():
+            if not caller.has_spec():
+                raise unknown("hook", caller.name, (n for n in vars(hookspec) if n.startswith("effopt_")))
     except Exception as error:  # noqa: BLE001 - a plugin's own fault: it is left out by name
         if registry.manager.has_plugin(name):
             registry.manager.unregister(name=name)
@@ -112,10 +118,15 @@ def _collect(registry: Registry, named: tuple[str, Any]) -> None:
         registry.passes[pass_.name] = pass_
         registry.origin[pass_.name] = name
     registry.ops.update((op.name, op) for op in ops)
+    registry.op_origin.update((op.name, name) for op in ops)
     for lowering in lowerings:
         known = registry.lowerings.setdefault(lowering.op.name, [])
         # The reference accepts everything and must stay last.
         known.insert(len(known) - 1 if known and known[-1].name == "reference" else len(known), lowering)
+    for op in ops:
+        known = registry.lowerings.setdefault(op.name, [])
+        if not known or known[-1].name != "reference":
+            known.append(reference_lowering(op))
 
 
 def _isolate(registry: Registry, name: str, plugin: Any) -> None:
@@ -133,7 +144,10 @@ def _guard(registry: Registry, what: str, function: Callable[..., Any]) -> Calla
     def call(*args: Any) -> Any:
         given = [list(a) if isinstance(a, list) else None for a in args]
         try:
-            return function(*args)
+            result = function(*args)
+            for stray in (p for a in args if isinstance(a, list) for p in a if not isinstance(p, Pass)):
+                raise PluginError(f"the pipeline holds {stray!r}, which is not a pass")
+            return result
         except Exception as error:  # noqa: BLE001 - named in the report; the other plugins go on
             registry.fault(f"{what} raised {_say(error)}")
             for argument, copy in zip(args, given, strict=True):
@@ -175,13 +189,15 @@ def _check(
     for pass_ in passes:
         if not (inspect.isclass(pass_) and issubclass(pass_, Pass)):
             raise PluginError(f"effopt_passes returned {pass_!r}, which is not a Pass class")
+        if [p.name for p in passes].count(pass_.name) > 1:
+            raise PluginError(f"effopt_passes returned two passes with the name {pass_.name!r}")
         if pass_.name in registry.passes:
             raise PluginError(f"pass {pass_.name!r} is registered by {registry.origin[pass_.name]!r} already")
     for op in ops:
         if not isinstance(op, Op):
             raise PluginError(f"effopt_ops returned {op!r}, which is not an Op")
         if op.name in registry.ops:
-            raise PluginError(f"op {op.name!r} is registered already")
+            raise PluginError(f"op {op.name!r} is registered by {registry.op_origin[op.name]!r} already")
     for lowering in lowerings:
         if not isinstance(lowering, Lowering):
             raise PluginError(f"effopt_lowerings returned {lowering!r}, which is not a Lowering")

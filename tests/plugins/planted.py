@@ -12,7 +12,7 @@ from effopt.passes.base import Rewrite, Stage
 from effopt.plugins.report import GraphReport
 
 
-def rule(name: str, pattern: Callable[..., Any], rewrite: Callable[..., Any], **members: Any) -> Rewrite:
+def rule(name: str, /, pattern: Callable[..., Any], rewrite: Callable[..., Any], **members: Any) -> Rewrite:
     """A rewrite whose `pattern(op, *captures)` and `rewrite(emit, m)` are these functions."""
 
     def pattern_method(self: Any, op: Any, *captures: Any) -> Any:
@@ -23,7 +23,7 @@ def rule(name: str, pattern: Callable[..., Any], rewrite: Callable[..., Any], **
     parameters = list(inspect.signature(pattern).parameters.values())
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     pattern_method.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
-    body = {
+    body: dict[str, Any] = {
         "name": name,
         "stage": Stage.CANONICALIZE,
         "pattern": pattern_method,
