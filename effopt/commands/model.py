@@ -128,9 +128,9 @@ def _from_transformers(name: str, size: Size) -> Example:
         config.use_cache = False
         model = _build(name, config)
     except Exception as error:
-        first_line = str(error).strip().split("\n")[0]
+        first_line = str(error).strip().split("\n")[0].split(". ")[0]
         raise OptionError(
-            f"transformers cannot build {name!r} from these sizes ({type(error).__name__}: {first_line});"
+            f"transformers cannot build {name!r} from these options ({type(error).__name__}: {first_line});"
             " write a function and name it as package.module:function"
         ) from error
     tokens = torch.randint(3, _VOCABULARY, (size.batch, size.tokens))
