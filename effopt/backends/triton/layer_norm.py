@@ -58,21 +58,9 @@ def centre_block(b_x, m_tile, d, EPS: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def layer_norm_kernel(
-    p_x,
-    p_residual,
-    p_weight,
-    p_bias,
-    p_out,
-    p_total,
-    n_rows,
-    d,
-    x_stride,
-    residual_stride,
-    EPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    p_x, p_residual, p_weight, p_bias, p_out, p_total, n_rows, d, x_stride, residual_stride,
+    EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     o_col = tl.arange(0, COLUMNS)[None, :]
@@ -95,23 +83,10 @@ def layer_norm_kernel(
 
 @triton.jit
 def layer_norm_backward_kernel(
-    p_grad,
-    p_grad_total,
-    p_x,
-    p_weight,
-    p_dx,
-    p_dweight,
-    p_dbias,
-    n_rows,
-    d,
-    grad_stride,
-    grad_total_stride,
-    x_stride,
-    EPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    p_grad, p_grad_total, p_x, p_weight, p_dx, p_dweight, p_dbias, n_rows, d, grad_stride,
+    grad_total_stride, x_stride,
+    EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     i_program = tl.program_id(0).to(tl.int64)
     o_col = tl.arange(0, COLUMNS)[None, :]

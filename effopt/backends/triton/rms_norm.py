@@ -61,22 +61,10 @@ def scale_block(p_weight, o_col, m_col, OFFSET: tl.constexpr, ROUND_TO: tl.const
 
 @triton.jit
 def rms_norm_kernel(
-    p_x,
-    p_residual,
-    p_weight,
-    p_out,
-    p_total,
-    n_rows,
-    d,
-    x_stride,
-    residual_stride,
-    EPS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    ROUND_FIRST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    p_x, p_residual, p_weight, p_out, p_total, n_rows, d, x_stride, residual_stride,
+    EPS: tl.constexpr, OFFSET: tl.constexpr, ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     ROUND_TO: tl.constexpr = DTYPE if ROUND_FIRST else None
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -99,24 +87,11 @@ def rms_norm_kernel(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    p_grad,
-    p_grad_total,
-    p_x,
-    p_weight,
-    p_dx,
-    p_dweight,
-    n_rows,
-    d,
-    grad_stride,
-    grad_total_stride,
+    p_grad, p_grad_total, p_x, p_weight, p_dx, p_dweight, n_rows, d, grad_stride, grad_total_stride,
     x_stride,
-    EPS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    ROUND_FIRST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    EPS: tl.constexpr, OFFSET: tl.constexpr, ROUND_FIRST: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     ROUND_TO: tl.constexpr = DTYPE if ROUND_FIRST else None
     i_program = tl.program_id(0).to(tl.int64)
@@ -163,14 +138,9 @@ def _forward(
         rms_norm_kernel,
         triton.cdiv(rows.shape[0], tile.rows),
         x,
-        rows,
-        residual,
-        None if weight is None else weight.contiguous(),
-        out,
-        total,
+        *(rows, residual, None if weight is None else weight.contiguous(), out, total),
         *rows.shape,
-        rows.stride(0),
-        row_stride(residual),
+        *(row_stride(t) for t in (rows, residual)),
         EPS=eps,
         OFFSET=offset,
         ROUND_FIRST=round_first,
@@ -233,12 +203,7 @@ def _rms_norm_backward(
         rms_norm_backward_kernel,
         programs,
         x,
-        grad,
-        grad_total,
-        rows,
-        None if weight is None else weight.contiguous(),
-        dx,
-        partial,
+        *(grad, grad_total, rows, None if weight is None else weight.contiguous(), dx, partial),
         *rows.shape,
         *(row_stride(t) for t in (grad, grad_total, rows)),
         EPS=eps,
