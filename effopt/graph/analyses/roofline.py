@@ -136,7 +136,9 @@ def _aten_flops(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], r
 
 
 def _matmul(operands: Mapping[str, Any], result: Any) -> float:
-    return 2.0 * hint(result.numel()) * hint(operands["self"].shape[-1])
+    """Of the first operand's last dimension with the second's; grouped products as well."""
+    first = next(iter(operands.values()))
+    return 2.0 * hint(result.numel()) * hint(first.shape[-1])
 
 
 def _sdpa(operands: Mapping[str, Any], result: Any) -> float:
@@ -161,7 +163,9 @@ def _convolution(operands: Mapping[str, Any], result: Any) -> float:
 
 _PRODUCTS: dict[str, Callable[[Mapping[str, Any], Any], float]] = {
     "matmul": _matmul,
-    "linear": lambda operands, result: 2.0 * hint(result.numel()) * hint(operands["input"].shape[-1]),
+    "linear": _matmul,
+    "_grouped_mm": _matmul,
+    "grouped_mm_fallback": _matmul,  # a custom op of transformers, where torch has no grouped product
     "scaled_dot_product_attention": _sdpa,
     "einsum": _einsum,
     "conv1d": _convolution,

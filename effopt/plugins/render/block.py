@@ -35,7 +35,7 @@ def _diagram(block: BlockListing, kept: set[tuple[str, str]]) -> str:
     for layer in dict.fromkeys(n.layer for n in (*block.before, *block.after)):
         name = layer.removeprefix(block.layer).strip(".") or "(the block itself)"
         sides = "".join(
-            f"<div>{_chips([n for n in side if n.layer == layer], kept, kind)}</div>"
+            f"<div>{_chips([n for n in side if n.layer == layer and n.op != 'item'], kept, kind)}</div>"
             for side, kind in ((block.before, "gone"), (block.after, "good"))
         )
         cells.append(f"<div><code>{escape(name)}</code></div>{sides}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from effopt.graph.provenance import template_of
 from effopt.plugins.render.block import block_section
 from effopt.plugins.render.grouping import compact, kernels, natural, near_misses, short_source
 from effopt.plugins.render.quantities import change, duration, scaled
@@ -19,6 +20,8 @@ from effopt.plugins.render.record import effopt_version
 if TYPE_CHECKING:
     from effopt.plugins.report import GraphReport, Report
 
+_LINES_SHOWN = 3
+_OPS_SHOWN = 14
 _HUES = (222, 158, 38, 0, 275, 190, 95, 330)  # one a stage, in order, readable on both backgrounds
 
 
@@ -113,12 +116,17 @@ def _applied(graph: GraphReport) -> str:
     for name, count in Counter(a.pass_name for a in graph.applied).items():
         records = [a for a in graph.applied if a.pass_name == name]
         ops = "".join(chip(op, "good") for op in dict.fromkeys(a.op for a in records))
-        sources = dict.fromkeys(short_source(a.source) for a in records if a.source)
+        sources = tuple(dict.fromkeys(short_source(a.source) for a in records if a.source))
         where = "<br>".join(escape(layer) for layer in compact(a.layer for a in records))
-        rows.append(
-            (chip(name), str(count), ops, where, f'<span class="dim">{escape(", ".join(sources))}</span>')
-        )
+        rows.append((chip(name), str(count), ops, where, _lines_of_model(sources)))
     return table(("pass", "#times", "gives", "where", "line of the model"), rows)
+
+
+def _lines_of_model(sources: Sequence[str]) -> str:
+    """The first few, with all of them in the tooltip."""
+    shown = "<br>".join(escape(source) for source in sources[:_LINES_SHOWN])
+    more = f"<br>and {len(sources) - _LINES_SHOWN} more" if len(sources) > _LINES_SHOWN else ""
+    return f'<span class="dim" title="{escape("; ".join(sources))}">{shown}{more}</span>'
 
 
 def _layers(graph: GraphReport) -> str:
@@ -130,9 +138,12 @@ def _layers(graph: GraphReport) -> str:
     for rejected in graph.rejected:
         left.setdefault(rejected.layer, Counter())[rejected.pass_name] += 1
     groups: dict[tuple[object, ...], list[str]] = {}
-    for layer in sorted({*done, *left}, key=natural):
-        general = ".".join("*" if part.isdigit() else part for part in layer.split("."))
-        key = (general, tuple(done.get(layer, Counter()).items()), tuple(left.get(layer, Counter()).items()))
+    for layer in sorted({*done, *left}, key=lambda path: (natural(template_of(path)), natural(path))):
+        key = (
+            template_of(layer),
+            tuple(done.get(layer, Counter()).items()),
+            tuple(left.get(layer, Counter()).items()),
+        )
         groups.setdefault(key, []).append(layer)
     rows = []
     for layers in groups.values():
@@ -168,14 +179,18 @@ def _costs(graph: GraphReport) -> str:
             cells += [str(cost.calls), scaled(cost.flops, "FLOP"), scaled(cost.bytes_moved, "B") + meter]
         rows.append(tuple(cells))
     total = graph.cost
+    heads = ("op", "#calls before", "#FLOPs", "#bytes", "#calls after", "#FLOPs", "#bytes")
+    shown = table(heads, rows[:_OPS_SHOWN])
+    if len(rows) > _OPS_SHOWN:
+        rest = table(heads, rows[_OPS_SHOWN:])
+        shown += f'<details><summary class="dim">{len(rows) - _OPS_SHOWN} more ops</summary>{rest}</details>'
     line = (
         f"{scaled(total['flops_before'], 'FLOP')} and {scaled(total['bytes_before'], 'B')} moved before,"
         f" {scaled(total['flops_after'], 'FLOP')} and {scaled(total['bytes_after'], 'B')} after;"
         f" values alive at once: at most {scaled(total['peak_bytes_before'], 'B')} before,"
         f" {scaled(total['peak_bytes_after'], 'B')} after."
     )
-    heads = ("op", "#calls before", "#FLOPs", "#bytes", "#calls after", "#FLOPs", "#bytes")
-    return f'<p class="dim">{line}</p>{table(heads, rows)}'
+    return f'<p class="dim">{line}</p>{shown}'
 
 
 def _left_alone(graph: GraphReport) -> str:
@@ -185,7 +200,7 @@ def _left_alone(graph: GraphReport) -> str:
     rows = []
     for name, reason, place in groups:
         where = "<br>".join(escape(layer) for layer in place.layers)
-        sources = f'<span class="dim">{escape(", ".join(place.sources))}</span>'
+        sources = _lines_of_model(place.sources)
         rows.append((chip(name, "warn"), str(place.count), escape(reason), where, sources))
     return table(("pass", "#times", "because", "where", "line of the model"), rows)
 
