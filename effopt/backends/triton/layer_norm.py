@@ -94,7 +94,8 @@ def layer_norm_backward_kernel(
     o_partial = i_program * d + o_col
     b_dweight = tl.zeros([ROWS, COLUMNS], dtype=ACC)
     b_dbias = tl.zeros([ROWS, COLUMNS], dtype=ACC)
-    for i_tile in range(i_program, tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    i_tile = i_program  # not a `range`: see rms_norm.py
+    while i_tile * ROWS < n_rows:
         o_row = i_tile * ROWS + tl.arange(0, ROWS)[:, None]
         m_tile = (o_row < n_rows) & m_col
         b_x = tl.load(p_x + o_row * x_stride + o_col, mask=m_tile, other=0.0).to(ACC)
@@ -114,6 +115,7 @@ def layer_norm_backward_kernel(
             p_tile = p_grad_total + o_row * grad_total_stride + o_col
             b_dx += tl.load(p_tile, mask=m_tile, other=0.0).to(ACC)
         tl.store(p_dx + o_row * d + o_col, b_dx.to(DTYPE), mask=m_tile)
+        i_tile += tl.num_programs(0)
     if p_dweight is not None:
         tl.store(p_dweight + o_partial, tl.sum(b_dweight, axis=0)[None, :], mask=m_col)
     if p_dbias is not None:

@@ -98,7 +98,9 @@ def rms_norm_backward_kernel(
     o_col = tl.arange(0, COLUMNS)[None, :]
     m_col = o_col < d
     b_dweight = tl.zeros([ROWS, COLUMNS], dtype=ACC)
-    for i_tile in range(i_program, tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    # Not `for ... in range`: the interpreter of Triton 3.6 cannot turn its bounds to int under NumPy 2.4.
+    i_tile = i_program
+    while i_tile * ROWS < n_rows:
         o_row = i_tile * ROWS + tl.arange(0, ROWS)[:, None]
         m_tile = (o_row < n_rows) & m_col
         b_x = tl.load(p_x + o_row * x_stride + o_col, mask=m_tile, other=0.0).to(ACC)
@@ -115,6 +117,7 @@ def rms_norm_backward_kernel(
             p_tile = p_grad_total + o_row * grad_total_stride + o_col
             b_dx += tl.load(p_tile, mask=m_tile, other=0.0).to(ACC)
         tl.store(p_dx + o_row * d + o_col, b_dx.to(DTYPE), mask=m_tile)
+        i_tile += tl.num_programs(0)
     if p_dweight is not None:
         o_partial = i_program * d + o_col
         tl.store(p_dweight + o_partial, tl.sum(b_dweight, axis=0)[None, :], mask=m_col)

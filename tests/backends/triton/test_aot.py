@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 SPILL_BYTES = 8
-"""ptxas spills one or two registers of two float32 forward kernels on its own account: at 32 (40) registers
-four (three) programs of 512 threads fit a multiprocessor. More than that is a tile too large."""
+"""ptxas spills one or two registers of three float32 norm kernels on its own account, to stay at 32, 40 or 96
+registers, with which one more program fits a multiprocessor. More than that is a tile too large."""
 SHARED_BYTES = 32 * 1024
 """What a program may take for reductions and for turning layouts; the largest take exactly that, on gfx942
 whose programs have 64 KiB. Below 48 KiB no target asks for an opt-in."""
