@@ -1,7 +1,14 @@
-"""Library kernels: scaled_dot_product_attention, and ATen's own linear and layer norm."""
+"""Library kernels: `scaled_dot_product_attention`.
+
+What was checked on torch 2.13, CPU: the flash kernel is taken for 4-D operands with unit last stride and
+equal head sizes, without dropout, with a mask of 2 or 4 dimensions that needs no gradient, grouped
+queries included; anything else falls to a slow composite. Every kernel gives 0 for a row that sees no
+key, where softmax gives NaN.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Optional
 
 import torch
@@ -11,8 +18,13 @@ from torch.nn import functional as F
 
 from effopt.backends.base import Lowering
 from effopt.graph import ops
-from effopt.graph.ops.base import Operands
+from effopt.graph.ops.base import Operands, hint
 from effopt.target import Target
+
+_ABSORBING = -1e30
+"""A fill at or below this, added to a score, is the fill again in float32 and bfloat16."""
+_UNREACHED = -1e9
+"""No score comes near a fill at or below this: float32 is spaced by 64 there."""
 
 
 def sdpa(
@@ -29,27 +41,115 @@ def sdpa(
     sinks: Optional[Tensor] = None,
     dropout_p: float = 0.0,
     zero_masked_rows: bool = False,
+    rows_see_key: bool = False,
 ) -> Tensor:
     """`ops.attention` through `scaled_dot_product_attention`; arguments as there."""
-    grouped = query.dim() == 4 and key.shape[1] != query.shape[1]
-    attn_mask = bias if bias is not None else mask
-    if bias is not None and bias.dtype != query.dtype:
-        attn_mask = bias.to(query.dtype)
+    if bias is not None:
+        bias = bias.to(torch.promote_types(bias.dtype, query.dtype))
+    allowed = _mask_for_kernel(query.dtype, bias, mask, fill)
+    q, k, v = (_four_dimensional(x, query.dim()) for x in (query, key, value))
     out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
+        q,
+        k,
+        v,
+        None if allowed is None else _four_dimensional(allowed, query.dim(), is_mask=True),
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=query.dim() == 4 and key.shape[1] != query.shape[1],
     )
-    return out
+    out = out.reshape(*query.shape[:-1], value.shape[-1])
+    if zero_masked_rows or rows_see_key:
+        return out
+    return _restore_blind_rows(out, value, bias, mask, fill)
+
+
+def _mask_for_kernel(
+    dtype: torch.dtype, bias: Optional[Tensor], mask: Optional[Tensor], fill: Optional[float]
+) -> Optional[Tensor]:
+    """Mask and bias as the one operand that the kernel takes."""
+    if mask is None:
+        return bias
+    floor = -math.inf if fill is None else fill
+    if bias is not None:
+        return torch.where(mask, bias, floor)
+    if fill is None or not _absorbs(fill, dtype):
+        return mask
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), fill)
+
+
+def _absorbs(fill: float, dtype: torch.dtype) -> bool:
+    return torch.finfo(dtype).min <= fill <= _ABSORBING
+
+
+def _restore_blind_rows(
+    out: Tensor, value: Tensor, bias: Optional[Tensor], mask: Optional[Tensor], fill: Optional[float]
+) -> Tensor:
+    """Give rows that see no key what softmax gives: NaN for -inf, the mean of the values for a finite fill."""
+    infinite = fill is None or fill == -math.inf
+    if mask is not None and not infinite:
+        if _absorbs(fill or 0.0, out.dtype):
+            return out
+        mean = value.mean(dim=-2, keepdim=True)
+        if value.dim() == 4 and value.shape[1] != out.shape[1]:
+            mean = mean.repeat_interleave(out.shape[1] // value.shape[1], dim=1)
+        return torch.where(mask.any(dim=-1, keepdim=True), out, mean)
+    sees = None if mask is None else mask
+    if bias is not None:
+        seen = bias != -math.inf
+        sees = seen if sees is None else sees & seen
+    if sees is None:
+        return out
+    return torch.where(sees.any(dim=-1, keepdim=True), out, math.nan)
+
+
+def _four_dimensional(x: Tensor, rank: int, is_mask: bool = False) -> Tensor:
+    """`[b, h, t, d]`; an operand without heads is given one. A mask may keep 2 dimensions."""
+    if rank == 4:
+        while is_mask and (x.dim() < 2 or x.dim() == 3):
+            x = x.unsqueeze(0)
+    elif rank == 3:
+        x = x.unsqueeze(1) if x.dim() == 3 else x
+    elif not is_mask:
+        x = x.reshape(-1, 1, *x.shape[-2:]) if rank > 4 else x[None, None]
+    return x if is_mask or x.stride(-1) == 1 else x.contiguous()
 
 
 def _supports(target: Target, operands: Operands) -> str | None:
+    query, key, value = operands["query"], operands["key"], operands["value"]
+    bias, mask, fill = operands["bias"], operands["mask"], operands["fill"]
     if operands["softcap"]:
         return "scaled_dot_product_attention has no soft-cap"
     if operands["sinks"] is not None:
         return "scaled_dot_product_attention has no sinks"
-    if operands["bias"] is not None and operands["mask"] is not None:
-        return "both a bias and a mask: scaled_dot_product_attention takes one"
-    if operands["is_causal"] and (operands["bias"] is not None or operands["mask"] is not None):
+    if operands["is_causal"] and (bias is not None or mask is not None):
         return "causal and a mask: scaled_dot_product_attention takes one"
+    if (bias is not None or mask is not None) and query.dim() > 4:
+        return f"a mask over {query.dim() - 2} leading dimensions; the kernel has batch and heads"
+    return _refuses_mask(query.dtype, bias, mask, fill) or _misses_kernel(target, operands, query, key, value)
+
+
+def _refuses_mask(dtype: torch.dtype, bias: Any, mask: Any, fill: float | None) -> str | None:
+    finite = mask is not None and fill is not None and math.isfinite(fill)
+    if finite and fill > _UNREACHED and not _absorbs(fill, dtype):
+        return f"masked scores become {fill:g}, which is not far below every score; fill with -inf"
+    if finite and bias is not None and not _absorbs(fill, dtype):
+        return f"a bias, and a mask that fills with {fill:g}; fill with -inf"
+    return None
+
+
+def _misses_kernel(target: Target, operands: Operands, query: Any, key: Any, value: Any) -> str | None:
+    """Why only the composite of scaled_dot_product_attention would run, which is slower than the reference."""
+    bias = operands["bias"]
+    if target.device_type == "cpu":
+        if operands["dropout_p"]:
+            return "the CPU kernel has no dropout"
+        if not statically_known_true(query.shape[-1] == value.shape[-1]):
+            return f"the CPU kernel wants equal head sizes, got {query.shape[-1]} and {value.shape[-1]}"
+        if bias is not None and bias.requires_grad:
+            return "the CPU kernel gives no gradient for a bias"
+    elif bias is not None and bias.dtype != query.dtype:
+        return f"the bias is {bias.dtype} and the query {query.dtype}; the kernel wants one dtype"
     return None
 
 

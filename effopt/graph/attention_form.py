@@ -156,8 +156,10 @@ def _groups(query: Node, key: Node, value: Node) -> bool:
 
 def _expanded(emit: Emit, node: Node, query: Node) -> Node:
     rank = len(shape_of(query))
-    if equal(shape_of(node)[:-2], shape_of(query)[:-2]):
+    own, wanted = shape_of(node)[:-2], shape_of(query)[:-2]
+    if equal(own, wanted):
         return node
+    require(heads.broadcasts(own, wanted), f"key or value has batch and heads {list(own)}, the query {list(wanted)}", node)
     return emit(_aten.expand.default, node, [*(_size(emit, query, i) for i in range(rank - 2)), -1, -1])
 
 
@@ -170,8 +172,9 @@ def _bias(emit: Emit, terms: tuple[Term, ...], dtype: torch.dtype) -> Node:
     for term in terms:
         node = term.node
         if term.fill is not None:
-            choices = (term.fill, 0.0) if term.inverted else (0.0, term.fill)
-            node = emit(_aten.where.Scalar, node, *choices)
+            zero = emit(_aten.full.default, [], 0.0, dtype=dtype, device=val(node).device)
+            keep = emit(_aten.logical_not.default, node) if term.inverted else node
+            node = emit(_aten.where.ScalarOther, keep, zero, term.fill)
         if not val(node).dtype.is_floating_point:
             node = emit(_aten._to_copy.default, node, dtype=dtype)
         node = _reshaped(emit, node, term)

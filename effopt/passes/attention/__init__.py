@@ -1,7 +1,9 @@
-"""TBD."""
+"""Attention: what is proved about its masks, and techniques that replace it."""
 
 from __future__ import annotations
 
+from effopt.passes.attention.prove_causal import ProveCausal
+from effopt.passes.attention.prove_rows_see_key import ProveRowsSeeKey
 from effopt.passes.base import Pass
 
-PASSES: tuple[type[Pass], ...] = ()
+PASSES: tuple[type[Pass], ...] = (ProveCausal, ProveRowsSeeKey)

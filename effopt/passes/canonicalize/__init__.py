@@ -11,8 +11,13 @@ from effopt.passes.canonicalize.recognize_linear import RecognizeLinear
 from effopt.passes.canonicalize.recognize_rms_norm import RecognizeRMSNorm
 from effopt.passes.canonicalize.recognize_rope import RecognizeRoPE
 from effopt.passes.canonicalize.recognize_sdpa_call import RecognizeSDPACall
+from effopt.passes.canonicalize.shield_softmax import ShieldSoftmax
+from effopt.passes.canonicalize.spell_einsum import SpellEinsum
+from effopt.passes.canonicalize.spell_softmax import SpellSoftmax
 
 PASSES: tuple[type[Pass], ...] = (
+    SpellEinsum,
+    SpellSoftmax,
     RecognizeAttention,
     RecognizeSDPACall,
     RecognizeLayerNorm,
@@ -21,4 +26,5 @@ PASSES: tuple[type[Pass], ...] = (
     RecognizeGLU,
     RecognizeRoPE,
     RecognizeLinear,
+    ShieldSoftmax,
 )

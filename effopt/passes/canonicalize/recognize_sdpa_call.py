@@ -50,7 +50,6 @@ class RecognizeSDPACall(Rewrite):
         for operand in (m.q, m.k, m.v):
             require(is_floating(operand), f"{operand.name} is not a real floating-point tensor", operand)
         require(len(q) == len(k) == len(v), "query, key and value have different ranks", m.root)
-        require(m.scale is not None or isinstance(q[-1], int), "the head size, and so the scale, is symbolic", m.root)
         require(m.scale is None or isinstance(m.scale, (int, float)), "the scale is not known when compiling", m.root)
         require(not (m.causal and m.mask is not None), "both is_causal and a mask", m.root)
         if m.mask is not None:
@@ -58,14 +57,22 @@ class RecognizeSDPACall(Rewrite):
             require(fits, "the mask does not broadcast to the scores, or enlarges them", m.mask)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
-        key, value = grouped(emit, m.q, m.k, m.v)
-        scale = 1.0 / math.sqrt(shape_of(m.q)[-1]) if m.scale is None else float(m.scale)
+        query = m.q
+        key, value = (m.k, m.v) if m.grouped else grouped(emit, query, m.k, m.v)
+        d = shape_of(query)[-1]
+        scale = 1.0 if m.scale is None else float(m.scale)
+        if m.scale is None and isinstance(d, int):
+            scale = 1.0 / math.sqrt(d)
+        elif m.scale is None:
+            # The op's scale is a number: one that is a symbol goes to the query.
+            root = emit(torch.sym_sqrt, emit(torch.ops.aten.sym_size.int, query, len(shape_of(query)) - 1))
+            query = emit(torch.ops.aten.div.Tensor, query, root)
         kwargs: dict[str, Any] = {"scale": scale}
         if m.mask is not None:
             kwargs["mask" if val(m.mask).dtype == torch.bool else "bias"] = m.mask
         kwargs |= {"is_causal": True} if m.causal else {}
         kwargs |= {"dropout_p": m.p} if m.p else {}
-        return emit(ops.attention, m.q, key, value, **kwargs, zero_masked_rows=True)
+        return emit(ops.attention, query, key, value, **kwargs, zero_masked_rows=True)
 
     def samples(self) -> Iterable[Example]:
         q, k, v = (torch.randn(2, h, 5, 8) for h in (4, 2, 2))
@@ -79,4 +86,5 @@ class RecognizeSDPACall(Rewrite):
     def refusals(self) -> Iterable[Example]:
         q = torch.randn(1, 4, 5, 8)
         attend = scaled_dot_product_attention
-        yield Example(lambda q, m: attend(q, q, q, m), (q, torch.randn(2, 4, 5, 5)), "enlarges")
+        shared = lambda q, k: attend(q, k, k)  # noqa: E731
+        yield Example(shared, (q, torch.randn(7, 8)), "different ranks")

@@ -1,0 +1,101 @@
+"""Respell a softmax between two matmuls that is not attention, so that Inductor does not take it for one.
+
+    softmax(x, dim)  =>  e / sum(e, dim), e = exp(x - max(x, dim))
+
+Exact: the same arithmetic as eager's softmax, with the maximum taken by `max.dim` and not `amax`.
+Inductor's attention patterns ignore dimensions, permutations and masks (torch 2.13: `softmax(dim=-2)`
+between two matmuls becomes attention, with errors above 1; pytorch/pytorch#196468, #195320), and begin at
+`amax`. Only such a softmax is respelled; the rest of the pattern matcher stays on. No training needed.
+
+Source: the stable softmax, Blanchard, Higham & Higham 2019, arXiv:1909.03469, section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+from effopt.graph.normalize import is_view
+from effopt.graph.pattern import OpBuilder, any_of, tensor
+from effopt.graph.rewrite import Emit, Match, require
+from effopt.graph.values import is_floating, shape_of, val
+from effopt.passes.base import Example, Rewrite, Stage
+
+_aten = torch.ops.aten
+_MATMULS = (_aten.matmul.default, _aten.bmm.default, _aten.baddbmm.default, _aten.einsum.default)
+_SEEN_THROUGH = (
+    *(getitem, _aten.dropout.default, _aten.native_dropout.default, _aten.clone.default, _aten._to_copy.default),
+    *(_aten.cat.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.contiguous.default),
+    *(_aten.masked_fill.Scalar, _aten.masked_fill.Tensor, _aten.max.dim, _aten.amax.default),
+)
+_FURTHEST = 64
+"""Nodes looked at on each side; the longest of Inductor's patterns has about 20 in between."""
+
+
+@dataclass(frozen=True)
+class ShieldSoftmax(Rewrite):
+    """Runs last: attention was recognised by then, and what is left must stay what it is."""
+
+    name: ClassVar[str] = "shield-softmax"
+    stage: ClassVar[Stage] = Stage.FINISH
+
+    def anchors(self, pattern: Any) -> tuple[Any, ...]:
+        return (_aten.softmax.int,)
+
+    def pattern(self, op: OpBuilder, x: Any, dim: Any, dtype: Any) -> Any:  # type: ignore[override]
+        return any_of(op.softmax(tensor(x), dim, dtype), op._softmax(tensor(x), dim, dtype))
+
+    def legal(self, m: Match) -> None:
+        require(is_floating(m.x), "softmax of something that is not floating-point", m.root)
+        require(bool(shape_of(m.x)), "softmax of a single number", m.root)
+        before = _reaches_matmul(m.root, lambda n: n.all_input_nodes)
+        after = _reaches_matmul(m.root, lambda n: list(n.users))
+        require(before and after, "no matmul on both sides: Inductor does not take it for attention", m.root)
+
+    def rewrite(self, emit: Emit, m: Match) -> Any:
+        # The upcast of `softmax(dtype=)` and of `_softmax(half_to_float=True)` comes first; that of half on CPU is inside.
+        result = val(m.root).dtype
+        wide = torch.promote_types(torch.promote_types(val(m.x).dtype, result), torch.float32)
+        x = m.x if val(m.x).dtype == wide else emit(_aten._to_copy.default, m.x, dtype=wide)
+        largest = emit(_aten.max.dim, emit(_aten.detach.default, x), m.dim, True)
+        shifted = emit(_aten.sub.Tensor, x, emit(getitem, largest, 0))
+        weights = emit(_aten.exp.default, shifted)
+        out = emit(_aten.div.Tensor, weights, emit(_aten.sum.dim_IntList, weights, [m.dim], True))
+        return out if result == wide else emit(_aten._to_copy.default, out, dtype=result)
+
+    def samples(self) -> Iterable[Example]:
+        q = torch.randn(2, 4, 4, 4)
+        for dim in (-2, 1):
+            yield Example(lambda q, d=dim: ((q @ q.mT) / 2.0).softmax(d) @ q, (q,))
+        yield Example(lambda q: [w := (q @ q.mT).softmax(-1), w @ q], (q,))
+
+    def refusals(self) -> Iterable[Example]:
+        x, w = torch.randn(3, 5), torch.randn(5, 5)
+        yield Example(lambda x, w: (x @ w).softmax(-1), (x, w), "no matmul on both sides")
+        yield Example(lambda x, w: x.softmax(-1) @ w, (x, w), "no matmul on both sides")
+
+
+def _reaches_matmul(start: Node, neighbours: Any) -> bool:
+    """Whether a matmul lies within reach of `start`, itself included."""
+    seen: set[Node] = set()
+    waiting = [start]
+    while waiting and len(seen) < _FURTHEST:
+        node = waiting.pop(0)
+        if node in seen or node.op != "call_function":
+            continue
+        if node.target in _MATMULS:
+            return True
+        seen.add(node)
+        if node is start or _is_seen_through(node):
+            waiting.extend(neighbours(node))
+    return False
+
+
+def _is_seen_through(node: Node) -> bool:
+    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return pointwise or is_view(node) or node.target in _SEEN_THROUGH
