@@ -110,13 +110,26 @@ def _entered(current: State, node: Node) -> State:
     return (*others, (str(device), chosen))  # type: ignore[arg-type]
 
 
-def make_casts_explicit(module: GraphModule) -> None:
+@dataclass
+class _Casts:
+    """The casts that autocast would cache: those of float32 leaves that ask for a gradient."""
+
+    leaves: frozenset[Node]
+    made: dict[tuple[Node, torch.dtype], Node] = field(default_factory=dict)
+
+
+def make_casts_explicit(module: GraphModule, inputs: Sequence[Any]) -> None:
     """Write the casts of every tagged call as `_to_copy` nodes. Edits `module`; values stay as they are.
+
+    Args:
+        module: captured under `traced`.
+        inputs: its real inputs.
 
     Raises:
         CaptureRefused: naming the op whose casts cannot be written on its operands.
     """
-    shared: dict[tuple[Node, torch.dtype], Node] = {}
+    pairs = zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    shared = _Casts(frozenset(node for node, value in pairs if _is_cached(value)))
     for node in list(module.graph.nodes):
         state: State = (node.meta.get("custom") or {}).get(_TAG, ())
         if "custom" in node.meta:
@@ -130,7 +143,7 @@ def make_casts_explicit(module: GraphModule) -> None:
     module.recompile()
 
 
-def _cast_operands(node: Node, state: State, shared: dict[tuple[Node, torch.dtype], Node]) -> None:
+def _cast_operands(node: Node, state: State, shared: _Casts) -> None:
     eligible = [operand for operand in node.all_input_nodes if _is_eligible(operand, state)]
     if not eligible:
         return
@@ -160,19 +173,22 @@ def _is_eligible(operand: Node, state: State) -> bool:
     return value.device.type in dict(state) and value.is_floating_point() and value.dtype != torch.float64
 
 
-def _cast(node: Node, operand: Node, dtype: torch.dtype, shared: dict[tuple[Node, torch.dtype], Node]) -> Node:
-    # As autocast caches it: the cast of a leaf that asks for a gradient is made once.
-    value = val(operand)
-    is_cached = operand.op == "placeholder" and value.requires_grad and value.dtype == torch.float32
-    if is_cached and (operand, dtype) in shared:
-        return shared[operand, dtype]
+def _is_cached(value: Any) -> bool:
+    is_leaf = isinstance(value, Tensor) and value.is_leaf and value.requires_grad
+    return is_leaf and value.dtype == torch.float32 and not value._is_view()
+
+
+def _cast(node: Node, operand: Node, dtype: torch.dtype, shared: _Casts) -> Node:
+    if (operand, dtype) in shared.made:
+        return shared.made[operand, dtype]
     with node.graph.inserting_before(node):
         made = node.graph.call_function(_aten._to_copy.default, (operand,), {"dtype": dtype})
     made.meta.update({k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace", "no_grad")})
     with in_state(()):
         made.meta["val"] = fake_call(_aten._to_copy.default, (operand,), {"dtype": dtype})
-    if is_cached:
-        shared[operand, dtype] = made
+    # One cast has one gradient, summed in its own dtype, as with the cache of autocast.
+    if operand in shared.leaves:
+        shared.made[operand, dtype] = made
     return made
 
 

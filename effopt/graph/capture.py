@@ -84,7 +84,7 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> Captured:
     opaque.put_back(exported, calls)
     asks_for_gradient = any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs)
     normalize.remove_grad_mode(exported, training, asks_for_gradient)
-    autocast.make_casts_explicit(exported)
+    autocast.make_casts_explicit(exported, inputs)
     with torch._C._DisableAutocast():
         normalize.drop_bookkeeping(exported, training)
     return Captured(exported, mutated, training, output_forms(exported, mutated))
@@ -94,8 +94,8 @@ def _export(
     module: GraphModule, inputs: Sequence[Any]
 ) -> tuple[GraphModule, Any, dict[int, opaque.Call]]:
     """Functional pre-dispatch trace. Dynamo's graph is left as it is: a refused graph still has to run."""
-    _refuse_transforms(module)
     copied = GraphModule(module, copy_graph(module.graph))
+    _refuse_transforms(copied)
     with opaque.set_aside(copied) as calls, _autocast_for(copied):
         try:
             exported, signature = aot_export_module(
@@ -197,9 +197,13 @@ def _refuse_inputs(inputs: Sequence[Any]) -> None:
 
 def _refuse_transforms(module: GraphModule) -> None:
     """`torch.func` transforms are calls that open and close a level; the tracer cannot look below one."""
-    for node in module.graph.nodes:
+    for node in list(module.graph.nodes):
         name = getattr(node.target, "__module__", None) or ""
-        if node.op == "call_function" and name.startswith(("torch._C._functorch", "torch._functorch")):
+        if node.op != "call_function" or not name.startswith(("torch._C._functorch", "torch._functorch")):
+            continue
+        if node.target.__name__ == "lazy_load_decompositions" and not node.users:
+            module.graph.erase_node(node)  # fills a table for a transform that may have been traced away
+        else:
             raise CaptureRefused(f"a torch.func transform ({node.target.__name__}) inside the graph")
 
 

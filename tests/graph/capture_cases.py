@@ -76,14 +76,16 @@ def leaves_of(function: Any, inputs: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if leaf.requires_grad and leaf.is_leaf]
 
 
-def run(function: Any, call: Callable[..., Any], inputs: tuple[Any, ...], around: Any, calls: int) -> list[Any]:
+def run(
+    function: Any, call: Callable[..., Any], inputs: tuple[Any, ...], around: Any, calls: int, backward: bool
+) -> list[Any]:
     """Call; give outputs, gradients, inputs afterwards, buffers afterwards, aliases."""
     torch.manual_seed(0)
     for _ in range(calls):
         with around():
             outputs = flat(call(*inputs))
     shared = aliases(outputs, flat(inputs))
-    found = gradients(outputs, leaves_of(function, inputs))
+    found = gradients(outputs, leaves_of(function, inputs)) if backward else []
     buffers = dict(function.named_buffers()) if isinstance(function, nn.Module) else {}
     return [outputs, found, flat(inputs), buffers, shared]
 
@@ -99,6 +101,7 @@ def compare(
     rtol: float = 1e-6,
     dynamic: bool | None = None,
     graphs: int | None = None,
+    gradients_too: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> Report:
     """Run `function` as it is and compiled on equal inputs; everything observable must be equal.
@@ -113,15 +116,16 @@ def compare(
         rtol: relative and absolute tolerance.
         dynamic: as for `torch.compile`.
         graphs: number of graphs, if it matters.
-        options: further options.
+        gradients_too: whether to compare gradients.
+        options: further options; without them no pass runs.
     """
     torch._dynamo.reset()
     other = copy.deepcopy(function) if isinstance(function, nn.Module) else function
-    expected = run(function, function, make(), around, calls)
-    settings = {"lowering": lowering, **(options or {})}
+    expected = run(function, function, make(), around, calls, gradients_too)
+    settings = {"lowering": lowering, "pipeline": "", **(options or {})}
     with record() as report:
         compiled = torch.compile(other, backend=effopt, dynamic=dynamic, options=settings)
-        got = run(other, compiled, make(), around, calls)
+        got = run(other, compiled, make(), around, calls, gradients_too)
     reasons = [g.refused for g in report.graphs if g.refused]
     if refused is None:
         assert not reasons, reasons

@@ -64,7 +64,7 @@ class Regions(nn.Module):
         return weights @ q
 
     def norm_and_loss(self, x):
-        return F.mse_loss(self.norm(self.first(x)), x), F.cross_entropy(self.first(x), x.argmax(-1))
+        return F.mse_loss(self.norm(self.first(x)), torch.ones(4, 8)), F.cross_entropy(self.first(x), x.argmax(-1))
 
     def convolution(self, x):
         return F.conv1d(x[None], self.first.weight[:4, :4, None])
