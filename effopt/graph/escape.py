@@ -21,7 +21,7 @@ def escaping(graph: Graph) -> set[Node]:
             continue
         found.add(node)
         # Ops that may return their operand are not views by schema; `getitem` reads one result of several.
-        if is_view(node) or node.op == "call_function" and _may_alias(node):
+        if is_view(node) or (node.op == "call_function" and _may_alias(node)):
             waiting.extend(node.all_input_nodes)
     return found
 

@@ -107,9 +107,9 @@ def _order(node: Node) -> list[int]:
     """The permutation of dimensions that a transpose, `t` or permute makes."""
     rank = val(node).dim()
     if node.target is _aten.permute.default:
-        return [d % rank for d in node.args[1]]  # type: ignore[union-attr, operator]
+        return [d % rank for d in node.args[1]]  # type: ignore[union-attr]
     swapped = list(range(rank))
-    a, b = (node.args[1] % rank, node.args[2] % rank) if len(node.args) == 3 else (0, rank - 1)  # type: ignore[operator]
+    a, b = (node.args[1] % rank, node.args[2] % rank) if len(node.args) == 3 else (0, rank - 1)
     swapped[a], swapped[b] = b, a
     return swapped
 

@@ -35,7 +35,7 @@ class Part:
 
 
 def part_of(node: Node) -> Part | None:
-    """The part of its source's last dimension that `node` is; None if it is not one, or sizes are symbolic."""
+    """The part of its source's last dimension that `node` is; None if none, or if sizes are symbolic."""
     if node.op != "call_function":
         return None
     if node.target is _aten.slice.Tensor:
@@ -56,7 +56,7 @@ def _is_last(dim: Any, base: Node) -> bool:
 def _sliced(node: Node) -> Part | None:
     bound = bind_schema(_aten.slice.Tensor, node.args, node.kwargs)
     base, start, stop, step = bound["self"], bound["start"] or 0, bound["end"], bound["step"]
-    size = shape_of(base)[-1] if shape_of(base) else None
+    size: Any = shape_of(base)[-1] if shape_of(base) else None
     stop = size if stop is None else stop
     if not _is_last(bound["dim"], base) or any(type(n) is not int for n in (size, start, stop, step)):
         return None
@@ -70,7 +70,7 @@ def _item(source: Node, index: Any) -> Part | None:
         return _of_pairs(bound["self"], bound["dim"], index)
     if source.target not in (_aten.split.Tensor, _aten.split.sizes, _aten.split_with_sizes.default):
         return None
-    base, sizes, dim = bind_schema(source.target, source.args, source.kwargs).values()  # type: ignore[arg-type]
+    base, sizes, dim = bind_schema(source.target, source.args, source.kwargs).values()
     if not _is_last(dim, base) or type(shape_of(base)[-1]) is not int:
         return None
     size = shape_of(base)[-1]

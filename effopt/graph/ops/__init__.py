@@ -19,4 +19,17 @@ OPS: tuple[Op, ...] = (
     linear,
 )
 
-__all__ = ["OPS", "Op", "Operands", "Sample", *(op.name for op in OPS)]
+__all__ = [
+    "OPS",
+    "Op",
+    "Operands",
+    "Sample",
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "glu",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+    "rope",
+]

@@ -39,7 +39,7 @@ class RecognizeActivation(Rewrite):
         """What a spelled-out GELU has and little else does."""
         return (_aten.erf.default,)
 
-    def pattern(self, op: OpBuilder, x: Any) -> Any:  # type: ignore[override]
+    def pattern(self, op: OpBuilder, x: Any) -> Any:
         x = tensor(x)
         silu = any_of(op.mul(x, op.sigmoid(x)), op.div(x, op.add(op.exp(op.neg(x)), 1)))
         cube = any_of(op.pow(x, 3), op.mul(op.mul(x, x), x), op.mul(op.pow(x, 2), x))

@@ -41,7 +41,7 @@ class RecognizeGLU(Rewrite):
         """Activations of gated layers; GELU and ReLU mostly stand alone."""
         return (_aten.silu.default, _aten.glu.default)
 
-    def pattern(self, op: OpBuilder, x: Any, gate: Any, up: Any, dim: Any) -> Any:  # type: ignore[override]
+    def pattern(self, op: OpBuilder, x: Any, gate: Any, up: Any, dim: Any) -> Any:
         activated = any_of(
             op.silu(gate),
             op.gelu(gate),

@@ -18,8 +18,9 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph import ops
-from effopt.graph.pattern import ANY, Named, OpBuilder, any_of, number
+from effopt.graph.pattern import Named, OpBuilder, any_of, number
 from effopt.graph.rewrite import Emit, Match, require
+from effopt.graph.spellings import casts_of, maybe_cast, over_root, square
 from effopt.graph.values import shape_of, val
 from effopt.passes.base import Example, Rewrite, Stage
 
@@ -37,38 +38,22 @@ class RecognizeLayerNorm(Rewrite):
         """A variance; where it is spelled out, `recognize-rms-norm` tells of a root that it leaves."""
         return (_aten.var.correction, _aten.var.dim)
 
-    def pattern(  # type: ignore[override]
+    def pattern(
         self, op: OpBuilder, x: Any, weight: Any, bias: Any, eps: Any, correction: Any, unbiased: Any
     ) -> Any:
-        def cast(inner: Any) -> Any:
-            return any_of(op._to_copy(inner, dtype=ANY), op.type_as(inner, ANY), inner)
-
-        h = cast(x)
+        h = maybe_cast(op, x)
         centered = op.sub(h, op.mean(h, [-1], True))
-        square = Named("square", any_of(op.pow(centered, 2), op.mul(centered, centered), op.square(centered)))
         variance = any_of(
-            op.mean(square, [-1], True),
+            op.mean(Named("square", square(op, centered)), [-1], True),
             Named("square", op.var(h, [-1], correction=correction, keepdim=True)),
             Named("square", op.var(h, [-1], unbiased=unbiased, keepdim=True)),
         )
-        shifted = op.add(variance, number(eps))
-        root = any_of(op.sqrt(shifted), op.pow(shifted, 0.5))
-        inverse = any_of(
-            op.rsqrt(shifted), op.pow(shifted, -0.5), op.mul(op.reciprocal(root), 1), op.reciprocal(root)
-        )
-        normed = any_of(op.mul(inverse, centered), op.div(centered, root))
-        scaled = op.mul(normed, Named("scale", cast(weight)))
-        shifted_back = any_of(
-            op.add(scaled, Named("shift", cast(bias))),
-            scaled,
-            op.add(normed, Named("shift", cast(bias))),
-            normed,
-        )
-        return any_of(
-            op._to_copy(shifted_back, dtype=ANY),
-            op.type_as(shifted_back, ANY),
-            *shifted_back.options,
-        )
+        normed = over_root(op, centered, op.add(variance, number(eps)))
+        scaled = op.mul(normed, Named("scale", maybe_cast(op, weight)))
+        shift = Named("shift", maybe_cast(op, bias))
+        moved = any_of(op.add(scaled, shift), scaled, op.add(normed, shift), normed)
+        first, second, _ = maybe_cast(op, moved).options
+        return any_of(first, second, *moved.options)
 
     def legal(self, m: Match) -> None:
         x = val(m.x)
@@ -87,16 +72,7 @@ class RecognizeLayerNorm(Rewrite):
             f"the variance is taken in {val(m.square).dtype}, not in {wide}",
             m.square,
         )
-        casts = [
-            n
-            for n in m.nodes
-            if n.target in (_aten._to_copy.default, _aten.type_as.default) and n.args[0] is m.x
-        ]
-        require(
-            all(val(n).dtype in (x.dtype, wide) for n in casts),
-            f"x is cast to another dtype than {wide}",
-            m.root,
-        )
+        require(casts_of(m, m.x) <= {x.dtype, wide}, f"x is cast to another dtype than {wide}", m.root)
         for operand, used in ((m.weight, m.scale), (m.bias, m.shift)):
             if operand is not None:
                 _require_parameter(operand, used, x, m)

@@ -40,7 +40,7 @@ class RecognizeLinear(Rewrite):
         """Every `addmm` is a linear layer, or worth a reason."""
         return (_aten.addmm.default,)
 
-    def pattern(self, op: OpBuilder, x: Any) -> Any:  # type: ignore[override]
+    def pattern(self, op: OpBuilder, x: Any) -> Any:
         def given(name: str) -> Any:
             source = parameter(f"{name}_source")
             return Named(name, any_of(op._to_copy(source, dtype=ANY), source))

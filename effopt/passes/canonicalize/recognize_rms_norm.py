@@ -19,8 +19,9 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph import ops
-from effopt.graph.pattern import ANY, Named, OpBuilder, any_of, number
+from effopt.graph.pattern import Named, OpBuilder, any_of, number
 from effopt.graph.rewrite import Emit, Match, require
+from effopt.graph.spellings import casts_of, inverse_root, maybe_cast, over_root, square
 from effopt.graph.values import shape_of, val
 from effopt.passes.base import Example, Rewrite, Stage
 
@@ -38,30 +39,21 @@ class RecognizeRMSNorm(Rewrite):
         """The inverse root is what every spelling has."""
         return (_aten.rsqrt.default, _aten.sqrt.default, _aten.mean.dim, _aten.rms_norm.default)
 
-    def pattern(self, op: OpBuilder, x: Any, weight: Any, eps: Any, offset: Any, shape: Any, d: Any) -> Any:  # type: ignore[override]
-        def cast(inner: Any) -> Any:
-            return any_of(op._to_copy(inner, dtype=ANY), op.type_as(inner, ANY), inner)
-
-        h = cast(x)
-        square = Named("square", any_of(op.pow(h, 2), op.mul(h, h), op.square(h)))
-        mean = any_of(op.mean(square, [-1], True), op.div(op.sum(square, [-1], True), number(d)))
+    def pattern(self, op: OpBuilder, x: Any, weight: Any, eps: Any, offset: Any, shape: Any, d: Any) -> Any:
+        h = maybe_cast(op, x)
+        squared = Named("square", square(op, h))
+        mean = any_of(op.mean(squared, [-1], True), op.div(op.sum(squared, [-1], True), number(d)))
         shifted = op.add(mean, number(eps))
-        root = any_of(op.sqrt(shifted), op.pow(shifted, 0.5))
-        inverse = any_of(
-            op.rsqrt(shifted), op.pow(shifted, -0.5), op.mul(op.reciprocal(root), 1), op.reciprocal(root)
-        )
-        scale = Named("scale", any_of(op.add(cast(weight), number(offset)), cast(weight)))
-        normed = any_of(op.mul(h, inverse), op.div(h, root))
+        normed = over_root(op, h, shifted)
+        factor = maybe_cast(op, weight)
+        scale = Named("scale", any_of(op.add(factor, number(offset)), factor))
         scaled = any_of(
-            op.mul(Named("inner", cast(normed)), scale),
-            op.mul(h, Named("early", op.mul(inverse, scale))),
-            op.mul(Named("early", op.mul(h, scale)), inverse),
+            op.mul(Named("inner", maybe_cast(op, normed)), scale),
+            op.mul(h, Named("early", op.mul(inverse_root(op, shifted), scale))),
+            op.mul(Named("early", op.mul(h, scale)), inverse_root(op, shifted)),
         )
-        return any_of(
-            op.rms_norm(x, shape, weight, eps),
-            *(op._to_copy(scaled, dtype=ANY), op.type_as(scaled, ANY), scaled),
-            *(op._to_copy(normed, dtype=ANY), op.type_as(normed, ANY), normed),
-        )
+        norms = (*maybe_cast(op, scaled).options, *maybe_cast(op, normed).options)
+        return any_of(op.rms_norm(x, shape, weight, eps), *norms)
 
     def legal(self, m: Match) -> None:
         x = val(m.x)
@@ -112,49 +104,23 @@ class RecognizeRMSNorm(Rewrite):
         yield Example(_llama, (torch.randn(2, 24, 24), torch.rand(24, 24)))
 
     def refusals(self) -> Iterable[Example]:
-        x, w = torch.randn(2, 24, 24), torch.rand(24)
-        yield Example(
-            lambda x, w: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6) * w,
-            (x, w),
-            "dim is [1], expected [-1]",
-        )
-        yield Example(
-            lambda x: x * torch.rsqrt(x.pow(2).mean(-1) + 1e-6), (x[0],), "keepdim is False, expected True"
-        )
-        yield Example(
-            lambda x, y: y * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), (x, x + 1), "in another"
-        )
-        yield Example(lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) - 1e-6), (x,), "expected add")
-        yield Example(
-            lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + -1e-6), (x,), "eps is negative"
-        )
-        yield Example(
-            lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) / 23 + 1e-6), (x,), "divided by 23"
-        )
-        yield Example(
-            lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
-            (x.half(),),
-            "would not overflow",
-        )
+        x = torch.randn(2, 24, 24)
+        root, square = torch.rsqrt, torch.square
+        yield Example(lambda x: x * root(square(x).mean(1, True) + 1e-6), (x,), "dim is [1], expected [-1]")
+        yield Example(lambda x: x * root(square(x).mean(-1) + 1e-6), (x[0],), "keepdim is False")
+        yield Example(lambda x, y: y * root(square(x).mean(-1, True) + 1e-6), (x, x + 1), "in another")
+        yield Example(lambda x: x * root(square(x).mean(-1, True) * 2), (x,), "expected add")
+        yield Example(lambda x: x * root(square(x).mean(-1, True) + -1e-6), (x,), "eps is negative")
+        yield Example(lambda x: x * root(square(x).sum(-1, True) / 23 + 1e-6), (x,), "divided by 23")
+        yield Example(lambda x: x * root(square(x).mean(-1, True) + 1e-6), (x.half(),), "would not overflow")
 
 
 def _require_wide(m: Match, narrow: torch.dtype) -> None:
-    wide = torch.promote_types(narrow, torch.float32)
-    taken = val(m.square).dtype
-    require(
-        taken == wide,
-        f"the square is taken in {taken}, not in {wide}: rms_norm would not overflow there",
-        m.square,
-    )
-    casts = [
-        n for n in m.nodes if n.target in (_aten._to_copy.default, _aten.type_as.default) and n.args[0] is m.x
-    ]
-    require(
-        all(val(n).dtype in (narrow, wide) for n in casts), f"x is cast to another dtype than {wide}", m.root
-    )
-    require(
-        m.inner is None or val(m.inner).dtype in (narrow, wide), "the normed value is cast elsewhere", m.root
-    )
+    wide, taken = torch.promote_types(narrow, torch.float32), val(m.square).dtype
+    reason = f"the square is taken in {taken}, not in {wide}: rms_norm would not overflow there"
+    require(taken == wide, reason, m.square)
+    require(casts_of(m, m.x) <= {narrow, wide}, f"x is cast to another dtype than {wide}", m.root)
+    require(m.inner is None or val(m.inner).dtype in (narrow, wide), "the normed value is cast away", m.root)
     require(m.early is None or val(m.early).dtype == wide, f"the weight is not applied in {wide}", m.root)
 
 

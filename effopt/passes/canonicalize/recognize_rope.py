@@ -3,7 +3,7 @@
     x * cos + cat(-x2, x1) * sin                        =>  rope(x, cos, sin)
     x * cos + flatten(stack(-x_odd, x_even)) * sin      =>  rope(x, cos, sin, interleaved=True)
     cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)       =>  rope(x, cat(cos, cos), cat(sin, sin))
-    flatten(stack(even * cos - odd * sin, ...))         =>  rope(x, repeat(cos), repeat(sin), interleaved=True)
+    flatten(stack(even * cos - odd * sin, ...))         =>  rope(x, repeat(cos), ..., interleaved=True)
     cat(any of these of x[..., :r], x[..., r:])         =>  rope(x, ...)
 
 Exact: the same products and sums. Inference and training. Traffic of `x`: 4 reads and 3 writes become
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -28,6 +29,7 @@ from effopt.graph.values import shape_of, val
 from effopt.passes.base import Example, Rewrite, Stage
 
 _aten = torch.ops.aten
+_repeat = _aten.repeat_interleave.self_int
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class RecognizeRoPE(Rewrite):
         """The negated half; spellings without one are told of by what they leave."""
         return (_aten.neg.default,)
 
-    def pattern(self, op: OpBuilder, first: Any, second: Any, even: Any, odd: Any, cos: Any, sin: Any) -> Any:  # type: ignore[override]
+    def pattern(self, op: OpBuilder, first: Any, second: Any, even: Any, odd: Any, cos: Any, sin: Any) -> Any:
         cos, sin, turned = tensor(cos), tensor(sin), tensor("turned")
 
         def products(a: Any, b: Any) -> list[Any]:
@@ -56,8 +58,8 @@ class RecognizeRoPE(Rewrite):
 
     def legal(self, m: Match) -> None:
         part = part_of(m.first or m.even)
-        source = m.turned or (part.base if part else None)
-        require(source is not None, f"{(m.first or m.even).name} is not a part of a last dimension", m.root)
+        source: Any = m.turned or (part.base if part else None)
+        require(source is not None, f"{m.first or m.even} is not a part of a last dimension", m.root)
         size = shape_of(source)[-1]
         require(type(size) is int and size % 2 == 0, f"the rotated size is odd or symbolic: {size}", m.root)
         half = size // 2
@@ -69,9 +71,7 @@ class RecognizeRoPE(Rewrite):
         )
         for node, place in wanted:
             found = part_of(node) if node is not None else place
-            require(
-                found == place, f"{node} is {found or 'no part of a last dimension'}, not {place}", m.root
-            )
+            require(found == place, f"{node} is {found or 'no part of a tensor'}, not {place}", m.root)
         width = size if m.turned else half
         for table in (m.cos, m.sin):
             is_full = bool(shape_of(table)) and statically_known_true(shape_of(table)[-1] == width)
@@ -84,18 +84,12 @@ class RecognizeRoPE(Rewrite):
         x = part.base if part else m.turned
         if m.tail is not None:
             x = part_of(m.tail).base  # type: ignore[union-attr]
-        dtype, interleaved = val(m.root).dtype, m.even is not None
-        tables = []
-        for table in (m.cos, m.sin):
-            table = _cast(emit, table, dtype)
-            if m.turned is None and interleaved:
-                table = emit(_aten.repeat_interleave.self_int, table, 2, -1)
-            elif m.turned is None:
-                table = emit(_aten.cat.default, [table, table], -1)
-            tables.append(table)
-        return emit(
-            ops.rope, _cast(emit, x, dtype), *tables, **({"interleaved": True} if interleaved else {})
-        )
+        x, cos, sin = (_cast(emit, node, val(m.root).dtype) for node in (x, m.cos, m.sin))
+        if m.even is None:
+            tables = [t if m.turned else emit(_aten.cat.default, [t, t], -1) for t in (cos, sin)]
+            return emit(ops.rope, x, *tables)
+        tables = [t if m.turned else emit(_repeat, t, 2, -1) for t in (cos, sin)]
+        return emit(ops.rope, x, *tables, interleaved=True)
 
     def samples(self) -> Iterable[Example]:
         x, angle = torch.randn(2, 3, 5, 16), torch.randn(5, 8)
@@ -112,25 +106,16 @@ class RecognizeRoPE(Rewrite):
 
     def refusals(self) -> Iterable[Example]:
         x, t = torch.randn(2, 3, 16, 16), torch.randn(16, 16)
-        yield Example(
-            lambda x, c, s: x * c + torch.cat((-x[..., :8], x[..., 8:]), -1) * s,
-            (x, t, t + 1),
-            "not arg0_1[0:8]",
-        )
-        yield Example(
-            lambda x, c, s: x * c + torch.cat((x[..., 8:], -x[..., :8]), -1) * s, (x, t, t + 1), "no form"
-        )
-        yield Example(
-            lambda x, c, s: x * c + torch.cat((-x[..., 6:], x[..., :6]), -1) * s,
-            (x, t, t + 1),
-            "not arg0_1[0:8]",
-        )
-        yield Example(lambda x, c, s: _rotate_half(x, c, s[:, :1]), (x, t, t + 1), "not [..., 16]")
-        yield Example(
-            lambda x, y, c, s: y * c + torch.cat((-x[..., 8:], x[..., :8]), -1) * s,
-            (x, x + 1, t, t + 1),
-            "not arg0_1[0:8]",
-        )
+        given = (x, t, t + 1)
+        yield Example(lambda x, c, s: _turn(x, x[..., :8], x[..., 8:], c, s), given, "not arg0_1[0:8]")
+        yield Example(lambda x, c, s: _turn(x, x[..., 6:], x[..., :6], c, s), given, "not arg0_1[0:8]")
+        yield Example(lambda x, c, s: _turn(x, x[..., 8:], -x[..., :8], -c, s), given, "no form")
+        yield Example(lambda x, c, s: _rotate_half(x, c, s[:, :1]), given, "not [..., 16]")
+        yield Example(lambda x, c, s: _turn(x + 1, x[..., 8:], x[..., :8], c, s), given, "not add[0:8]")
+
+
+def _turn(x: Tensor, a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.cat((-a, b), -1) * sin
 
 
 def _cast(emit: Emit, node: Node, dtype: torch.dtype) -> Node:
@@ -140,28 +125,25 @@ def _cast(emit: Emit, node: Node, dtype: torch.dtype) -> Node:
 def _require_rest(m: Match, source: Node, size: int) -> None:
     """The tail is what the rotated part leaves of one tensor, or nothing of the rotated tensor itself."""
     rest, head = part_of(m.tail), part_of(source)
-    require(rest is not None, f"{m.tail.name} is not a part of a last dimension", m.root)
-    full = shape_of(rest.base)[-1]  # type: ignore[union-attr]
-    is_head = rest.base is source or head == Part(rest.base, 0, size, 1)  # type: ignore[union-attr]
-    require(
-        is_head and rest == Part(rest.base, size, full, 1), f"{m.tail} is not the rest of {source}", m.root
-    )  # type: ignore[union-attr]
+    is_rest = rest is not None and (rest.base is source or head == Part(rest.base, 0, size, 1))
+    is_rest = is_rest and rest == Part(rest.base, size, shape_of(rest.base)[-1], 1)  # type: ignore[union-attr]
+    require(is_rest, f"{m.tail} is not the rest of {source}", m.root)
 
 
-def _rotate_half(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
+    return _turn(x, b, a, cos, sin)
 
 
-def _rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
 
 
-def _half_width(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _half_width(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x[..., :8], x[..., 8:]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def _pairs_width(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    a, b = x.view(2, 3, 5, 8, 2).unbind(-1)
+def _pairs_width(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.unflatten(-1, (8, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)

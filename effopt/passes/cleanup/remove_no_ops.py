@@ -51,7 +51,8 @@ class RemoveNoOps(GraphPass):
     def samples(self) -> Iterable[Example]:
         x = torch.randn(3, 4)
         for no_op in (
-            lambda x: x * 1, lambda x: x + 0, lambda x: x.clone(), lambda x: x.float().to(torch.float32, copy=True),
+            lambda x: x * 1, lambda x: x + 0, lambda x: x.clone(),
+            lambda x: x.to(torch.float32, copy=True),
             lambda x: F.dropout(x, 0.5, training=False), lambda x: x.t().t(), lambda x: x.view(3, 4),
             lambda x: x.double().float(), lambda x: x.expand(3, 4), lambda x: x[:, :4] * 1.0,
         ):  # fmt: skip

@@ -1,6 +1,7 @@
 """Fusion: canonical ops that stand beside each other become one, with less memory traffic.
 
-Recognition is itself the fusion of a gated unit or a rotation: see docs/design/0002-recognition-is-the-fusion.md.
+Recognition is itself the fusion of a gated unit or a rotation:
+see docs/design/0002-recognition-is-the-fusion.md.
 """
 
 from __future__ import annotations

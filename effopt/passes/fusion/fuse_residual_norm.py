@@ -33,7 +33,7 @@ class FuseResidualNorm(Rewrite):
     name: ClassVar[str] = "fuse-residual-norm"
     stage: ClassVar[Stage] = Stage.FUSE
 
-    def pattern(  # type: ignore[override]
+    def pattern(
         self, op: OpBuilder, x: Any, residual: Any, weight: Any, bias: Any, eps: Any, shape: Any
     ) -> Any:
         total = Named("total", op.add(tensor(x), tensor(residual)))

@@ -74,7 +74,7 @@ def _by_input(module: GraphModule) -> list[list[Node]]:
     """The linear layers of each input that has several, in graph order."""
     sharing: dict[Node, list[Node]] = {}
     for layer in module.graph.find_nodes(op="call_function", target=_aten.linear.default):
-        sharing.setdefault(layer.args[0], []).append(layer)  # type: ignore[arg-type]
+        sharing.setdefault(layer.args[0], []).append(layer)
     return [layers for layers in sharing.values() if len(layers) > 1]
 
 
