@@ -10,6 +10,7 @@ arXiv:2309.17453.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Optional
 
@@ -25,7 +26,8 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
 
 def _flops(operands: Operands, _: Any) -> float:
     query, key, value = operands["query"], operands["key"], operands["value"]
-    rows, s = hint(query.shape[:-1].numel()), hint(key.shape[-2])
+    # Not Size.numel(), which would fix symbolic sizes at their hints.
+    rows, s = math.prod(map(hint, query.shape[:-1])), hint(key.shape[-2])
     live = 0.5 if operands["is_causal"] else 1.0
     return live * rows * s * (2.0 * hint(query.shape[-1]) + 2.0 * hint(value.shape[-1]) + 5.0)
 
