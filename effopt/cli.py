@@ -8,6 +8,7 @@ import typer
 from rich.text import Text
 
 from effopt.commands.bench import bench
+from effopt.commands.bisect import bisect
 from effopt.commands.demo import demo
 from effopt.commands.explain import explain
 from effopt.commands.passes import passes
@@ -21,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, passes, explain, bench, plugins):
+for command in (demo, passes, explain, bench, bisect, plugins):
     app.command()(command)
 
 

@@ -25,7 +25,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_help_lists_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    for command in ("demo", "passes", "explain", "bench", "plugins"):
+    for command in ("demo", "passes", "explain", "bench", "bisect", "plugins"):
         assert command in text
 
 
@@ -195,3 +195,72 @@ def test_bench_compares_and_writes(
     assert result["ways"][2]["counts"]["recognize-attention"] == 1
     assert result["ways"][2]["error"] < 2e-5
     assert result["speedups"]["effopt over eager"]["median"] > 0
+
+
+class PlantedPlugin:
+    """A plugin with one wrong pass, as an installed package would bring it."""
+
+    name, value = "planted", "planted:plugin"
+
+    def load(self) -> object:
+        from dataclasses import dataclass
+        from typing import Any, ClassVar
+
+        import torch
+
+        from effopt import Rewrite, Stage, hookimpl
+
+        @dataclass(frozen=True)
+        class SinToCos(Rewrite):
+            """sin(x) => cos(x), which is wrong."""
+
+            name: ClassVar[str] = "sin-to-cos"
+            stage: ClassVar[Stage] = Stage.CANONICALIZE
+
+            def pattern(self, op: Any, x: Any) -> Any:  # type: ignore[override]
+                return op.sin(x)
+
+            def rewrite(self, emit: Any, m: Any) -> Any:
+                return emit(torch.ops.aten.cos.default, m.x)
+
+            def fingerprint(self) -> str:
+                return "planted"
+
+        class Plugin:
+            @hookimpl
+            def effopt_passes(self) -> list[type[Rewrite]]:
+                return [SinToCos]
+
+        return Plugin()
+
+
+def test_bisect_finds_a_planted_wrong_rewrite(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from effopt.plugins import manager
+
+    (tmp_path / "waves_for_cli.py").write_text(
+        "import torch\n"
+        "class Wave(torch.nn.Module):\n"
+        "    def forward(self, x, shift=0):\n"
+        "        return torch.relu(x).tanh() + torch.sin(x + shift)\n"
+        "def build():\n"
+        "    return Wave(), (torch.randn(2, 4),), {'shift': 1}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "bisect", "waves_for_cli:build") == 0
+    assert "no rewrite makes it differ" in capsys.readouterr().out
+    monkeypatch.setattr(manager, "_entry_points", lambda: (PlantedPlugin(),))
+    assert run(monkeypatch, "bisect", "waves_for_cli:build") == 1
+    text = capsys.readouterr().out
+    assert "is wrong: sin-to-cos" in text
+    assert "waves_for_cli.py:4" in text
+    assert "cos" in (tmp_path / "effopt_repro.py").read_text()
+
+
+def test_page_of_passes_is_fresh() -> None:
+    from effopt.commands.passes import as_markdown
+    from effopt.plugins.manager import build_registry
+
+    page = Path(__file__).parent.parent / "docs" / "passes.md"
+    assert page.read_text() == as_markdown(build_registry()), "run `python docs/refresh.py`"
