@@ -68,6 +68,9 @@ class Options:
             if key in _TYPES and value is not None and not isinstance(value, _TYPES[key]):
                 wanted = " or ".join(t.__name__ for t in _TYPES[key])
                 raise OptionError(f"option {key!r} must be {wanted}, got {value!r} ({type(value).__name__})")
+        wrong = [n for n in given.get("disable") or () if not isinstance(n, str)]
+        if wrong:
+            raise OptionError(f"option 'disable' must hold names of passes, got {wrong[0]!r}")
         if isinstance(given.get("disable"), str):
             given["disable"] = [n.strip() for n in given["disable"].split(",") if n.strip()]
         if given.get("rtol") is not None and not 0 < given["rtol"] < 1:

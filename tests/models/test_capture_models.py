@@ -1,0 +1,69 @@
+"""Capture of the twelve architectures: nothing refused, Dynamo's number of graphs, eager's values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from effopt.compile import effopt, record
+from tests.models.architectures import ARCHITECTURES, MORE, build, main_output
+
+# torch.func.vmap inside the model: refused with that reason, and run unchanged.
+TRANSFORMED = {"mamba"}
+SWEEP = [pytest.param(name, marks=pytest.mark.slow) for name in MORE if name not in TRANSFORMED]
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def outputs_and_gradients(model: torch.nn.Module, call: Callable[..., Any], inputs: Any) -> tuple[Any, Any]:
+    model.zero_grad()
+    out = main_output(call(**inputs))
+    out.square().sum().backward()
+    return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *SWEEP])
+def test_inference_and_training(name: str, attn: str) -> None:
+    model, inputs = build(name, attn)
+    options = {"lowering": "eager", "pipeline": ""}
+    compiled = torch.compile(model, backend=effopt, options=options)
+    with record() as report:
+        with torch.no_grad():
+            assert relative(main_output(compiled(**inputs)), main_output(model(**inputs))) <= 1e-6
+        got, gradients = outputs_and_gradients(model, compiled, inputs)
+        expected, wanted = outputs_and_gradients(model, model, inputs)
+    assert [g.refused for g in report.graphs] == ["", ""]
+    assert relative(got, expected) <= 1e-6
+    assert gradients.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert relative(gradients[key], value) <= 1e-5, key
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *SWEEP])
+def test_dynamic_sizes(name: str) -> None:
+    model, inputs = build(name)
+    ids = inputs["input_ids"]
+    options = {"lowering": "eager", "pipeline": ""}
+    compiled = torch.compile(model, backend=effopt, options=options, dynamic=True)
+    plain = []
+
+    def counting(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        plain.append(module)
+        return module.forward
+
+    with record() as report, torch.no_grad():
+        for length in (12, 9, 7):
+            some = {"input_ids": ids[:, :length]}
+            assert relative(main_output(compiled(**some)), main_output(model(**some))) <= 1e-6
+        torch._dynamo.reset()
+        counted = torch.compile(model, backend=counting, dynamic=True)
+        for length in (12, 9, 7):
+            counted(input_ids=ids[:, :length])
+    assert not [g.refused for g in report.graphs if g.refused]
+    assert len(report.graphs) == len(plain)

@@ -1,0 +1,76 @@
+"""The backend as torch calls it: modes, several graphs, aliasing that changes after compilation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from effopt.compile import effopt, record
+
+EAGER = {"lowering": "eager"}
+
+
+def test_inductor_and_eager_lowering_agree() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.LayerNorm(8))
+    x = torch.randn(3, 8)
+    expected = net(x)
+    for options in (EAGER, {}, {"lowering": "reference"}):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(net, backend=effopt, options=options)(x), expected)
+
+
+@pytest.mark.parametrize("lowering", ["eager", "auto"])
+def test_inputs_that_share_memory_only_after_compilation(lowering: str) -> None:
+    """Compiled for separate memory, called with two views of one: eager's result, whatever is guarded."""
+
+    def both(x, y):
+        x.add_(1)
+        y.mul_(2)
+        return x + y
+
+    compiled = torch.compile(both, backend=effopt, options={"lowering": lowering})
+    with torch.no_grad():
+        compiled(torch.ones(4), torch.ones(4))
+        for views in (lambda t: (t[:4], t[:4]), lambda t: (t[:4], t[2:6])):
+            one, two = torch.arange(8.0), torch.arange(8.0)
+            torch.testing.assert_close(compiled(*views(one)), both(*views(two)))
+            torch.testing.assert_close(one, two)
+
+
+def test_training_and_inference_are_two_graphs() -> None:
+    net = nn.Linear(4, 4)
+    compiled = torch.compile(net, backend=effopt, options=EAGER)
+    x = torch.randn(2, 4)
+    with record() as report:
+        compiled(x).sum().backward()
+        with torch.no_grad():
+            compiled(x)
+    assert [g.training for g in report.graphs] == [True, False]
+
+
+def test_training_steps_follow_eager() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    same = copy.deepcopy(net)
+    compiled = torch.compile(net, backend=effopt, options=EAGER)
+    steps = [(m, c, torch.optim.SGD(m.parameters(), 0.1)) for m, c in ((net, compiled), (same, same))]
+    for _ in range(5):
+        x = torch.randn(6, 8)
+        for _, call, optimizer in steps:
+            optimizer.zero_grad()
+            call(x).square().mean().backward()
+            optimizer.step()
+    for one, two in zip(net.state_dict().values(), same.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_refused_graph_says_why_and_runs() -> None:
+    with record() as report:
+        compiled = torch.compile(torch.func.vmap(lambda r: r.sin().sum()), backend=effopt, options=EAGER)
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(compiled(x), x.sin().sum(1))
+    assert any("torch.func" in g.refused for g in report.graphs)
