@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree as pytree
 
 from effopt.errors import InvalidGraphError
 from effopt.graph import dataflow
@@ -39,7 +40,10 @@ class RolledBack(Reject):
 
 
 def require(condition: bool, reason: str, node: Any = None) -> None:
-    """A fact that must hold for a rewrite to be right; else the match is refused with `reason`."""
+    """A fact that must hold for a rewrite to be right; else the match is refused with `reason`.
+
+    An empty reason says that there is nothing to do here: it is not reported.
+    """
     if not condition:
         raise Reject(reason, node)
 
@@ -137,6 +141,8 @@ class Emit:
     def __call__(self, op: Op | Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """Emit one call. `op` is a canonical op, an ATen overload, or `operator.getitem`."""
         target = op.overload if isinstance(op, Op) else op
+        operands = [n for n in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(n, Node)]
+        args, kwargs = pytree.tree_map_only(torch.SymInt, lambda s: self._size(s, operands), (args, kwargs))
         with self._graph.inserting_before(self._before):
             node = self._graph.call_function(target, args, kwargs)
         self.nodes.append(node)
@@ -146,6 +152,17 @@ class Emit:
         node.meta["effopt"] = (self._pass, self._origin.name)
         node.meta["val"] = fake_call(op.fake if isinstance(op, Op) else target, args, kwargs)
         return node
+
+    def _size(self, size: torch.SymInt, operands: Sequence[Node]) -> int | Node:
+        """A node that computes a symbolic size: no graph holds a symbol. Raises Reject if none is at hand."""
+        if size.node.is_constant() or size.node.expr.is_number:
+            return int(size)
+        for node in operands:
+            value = val(node)
+            for dim, other in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+                if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+                    return self(torch.ops.aten.sym_size.int, node, dim)
+        raise Reject(f"the size {size} is symbolic, and no operand has it", self._origin)
 
     def undo(self) -> None:
         """Take back everything emitted."""
@@ -223,7 +240,8 @@ class _Driver:
                 break
         if refusal is not None:
             state, reject = refusal
-            if isinstance(reject, RolledBack) or not self.anchors & {n.target for n in state.nodes}:
+            has_anchor = self.anchors & {n.target for n in state.nodes}
+            if reject.reason and (isinstance(reject, RolledBack) or not has_anchor):
                 # No anchor would tell, and what matched in full must not be refused in silence.
                 self.result.reject(self.rule.name, reject.node or root, reject.reason)
                 self._done.update(state.nodes)
@@ -260,6 +278,7 @@ class _Driver:
     def _commit(self, match: Match, replacement: Replacement) -> None:
         self.result.apply(self.rule.name, _main_op(replacement), match.root)
         self._done.update(match.nodes)
+        self._done.update(replacement.emitted)
         for old, new in replacement.outputs.items():
             if any(user < new for user in old.users):
                 self.needs_sort = True
@@ -327,6 +346,8 @@ class _Driver:
                 continue
             told.add(attempt)
             _, where, reason = attempt
+            if not reason:
+                continue
             self.result.reject(self.rule.name, anchor, f"at {where.name}: {reason}" if where is not anchor else reason)
 
     def _no_root(self, anchor: Node) -> str:

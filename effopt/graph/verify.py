@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from effopt.errors import InvalidGraphError
 from effopt.graph.region import stored
@@ -66,6 +67,9 @@ def _faults(
 
 def _call_faults(node: Node, lowered: bool) -> Iterator[str]:
     target = node.target
+    for size in pytree.arg_tree_leaves(*node.args, **node.kwargs):
+        if isinstance(size, torch.SymInt):
+            yield f"holds the symbol {size}; a symbolic size is a node"
     if isinstance(target, torch._ops.OpOverload):
         if target._schema.is_mutable and not (lowered and target in _LEFT_BY_LOWERING):
             yield "writes in place; normal form is functional"

@@ -33,4 +33,5 @@ class Fuel:
             self.report.checks["out of fuel"] += 1
             return f"out of fuel: {self.fuel} rewrites were allowed"
         self._granted += 1
+        self.report.checks["fuel used"] += 1
         return None

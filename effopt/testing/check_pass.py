@@ -98,7 +98,7 @@ def check_pass(pass_: Pass | type[Pass], *, mutate: bool = True) -> PassCheck:
 
 def _form_problems(pass_: Pass) -> Iterator[str]:
     text = f"{inspect.getdoc(type(pass_)) or ''}\n{inspect.getdoc(inspect.getmodule(type(pass_))) or ''}"
-    if not re.search(r"arXiv:\d{4}\.\d{4,5}|^\s*Source: \S+", text, re.MULTILINE):
+    if not re.search(r"arXiv:\d{4}\.\d{4,5}|\bSource: \S+", text):
         yield "its docstring cites no source (`Source: ... arXiv:2002.05202`)"
     for option in fields(pass_):
         if not option.metadata.get("doc"):
@@ -164,6 +164,8 @@ def _try(pass_: Pass, earlier: Sequence[Pass], trial: Trial) -> tuple[bool, list
     if fired and pass_.exact and is_repeatable(original):
         problem = disagreement(original, trial)
         problems.extend([problem] if problem else [])
+    if report.checks["failed"]:
+        return fired, problems
     shape = listing(trial.module)
     again = run_passes(trial, [pass_])
     if again.applied or listing(trial.module) != shape:

@@ -47,7 +47,7 @@ def copy_of(module: GraphModule) -> GraphModule:
     graph = Graph()
     copies: dict[Any, Any] = {}
     for node in module.graph.nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        copies[node] = graph.node_copy(node, copies.__getitem__)
     made = GraphModule(module, graph)
     made.meta.update(module.meta)
     return made
@@ -86,7 +86,8 @@ def capture_example(
     run, inputs = _prepared(example, training, dtype)
     torch._dynamo.reset()
     with torch.set_grad_enabled(training), without_torch_messages():
-        torch.compile(run, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs)
+        compiled: Callable[..., Any] = torch.compile(run, backend=backend, dynamic=dynamic, fullgraph=True)
+        compiled(*inputs)
     torch._dynamo.reset()
     return Trial(found[0], seen[0])
 
@@ -165,7 +166,7 @@ def disagreement(before: Trial, after: Trial, scale: float = 1.0) -> str:
         scale: multiplies floating inputs first.
     """
     inputs = [_scaled(i, scale) for i in before.inputs]
-    dtypes = [i.dtype for i in inputs if isinstance(i, Tensor)]
+    dtypes = _dtypes(before.module)
     training = before.captured.training
     own, own_grads = _evaluate(before.module, inputs, training)
     got, got_grads = _evaluate(after.module, inputs, training)
@@ -180,6 +181,12 @@ def disagreement(before: Trial, after: Trial, scale: float = 1.0) -> str:
         if problem:
             return f"gradient {index}: {problem}"
     return ""
+
+
+def _dtypes(module: GraphModule) -> list[torch.dtype]:
+    """All that a graph computes in: it may round an intermediate more than its inputs and outputs."""
+    found = (t.dtype for node in module.graph.nodes for t in tensors_in(node.meta.get("val")))
+    return [d for d in dict.fromkeys(found) if d.is_floating_point or d.is_complex]
 
 
 def _scaled(value: Any, scale: float) -> Any:
@@ -198,9 +205,10 @@ def _evaluate(
         differentiable = [o for o in outputs if o.requires_grad]
         if not (training and leaves and differentiable):
             return [o.detach() for o in outputs], []
-        total = sum(
-            (o.double() * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum() for o in differentiable
-        )
+        total: Any = 0.0
+        for out in differentiable:
+            weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device)
+            total = total + (out.double() * weight.view(out.shape)).sum()
         found = torch.autograd.grad(total, leaves, allow_unused=True)
     grads = [torch.zeros_like(v) if g is None else g for v, g in zip(leaves, found, strict=True)]
     return [o.detach() for o in outputs], grads

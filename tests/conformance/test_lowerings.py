@@ -1,0 +1,33 @@
+"""Every lowering of every op against the op's reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from effopt.backends.base import Lowering
+from effopt.plugins.manager import build_registry
+from effopt.testing import check_lowering
+
+LOWERINGS = [(name, low) for name, lows in build_registry().lowerings.items() for low in lows]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "lowering", [low for _, low in LOWERINGS], ids=[f"{n}-{low.name}" for n, low in LOWERINGS]
+)
+def test_lowering(lowering: Lowering, device: str) -> None:
+    done = check_lowering(lowering, device=device)
+    if not done.compared:
+        pytest.skip(f"does not run on {device}: {'; '.join(done.refused)}")
+    assert done.compared > 0
+
+
+@pytest.mark.parametrize("name", build_registry().ops)
+def test_the_reference_is_last_and_accepts_all(name: str) -> None:
+    registry = build_registry()
+    last = registry.lowerings[name][-1]
+    assert last.name == "reference"
+    if registry.ops[name].samples(torch.float32, torch.device("cpu")):
+        assert not check_lowering(last, dtypes=[torch.float32]).refused
