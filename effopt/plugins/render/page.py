@@ -84,6 +84,8 @@ def _graph(graph: GraphReport, number: int, of: int) -> Iterator[str]:
     yield _section("Left alone, and why", _left_alone(graph))
     if graph.lowerings:
         yield _section("Kernels", _kernels(graph))
+    if graph.checks:
+        yield _section("Checks", _checks(graph))
     yield _section("Time", _times(graph))
     pipeline = f"<p><code>{escape(graph.pipeline)}</code></p>"
     yield f'<details><summary class="dim">Pipeline as text</summary>{pipeline}</details>'
@@ -211,6 +213,12 @@ def _kernels(graph: GraphReport) -> str:
         reasons = "<br>".join(f"<b>{escape(name)}</b> {escape(reason)}" for name, reason in refused)
         rows.append((f"<code>{escape(op)}</code>", chip(kernel, "good"), str(count), reasons))
     return table(("op", "kernel", "#times", "not taken, because"), rows)
+
+
+def _checks(graph: GraphReport) -> str:
+    counts = "".join(chip(f"{name} {count}") for name, count in sorted(graph.checks.items()))
+    reasons = [(str(count), escape(reason)) for reason, count in graph.unchecked.most_common()]
+    return counts + (table(("#unchecked", "because"), reasons) if reasons else "")
 
 
 def _times(graph: GraphReport) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from effopt.plugins.report import GraphReport, Report
 
 _MOST_REASONS = 24
+_UNCHECKED_SHOWN = 3
 _PASSES_SHOWN = 3  # slowest passes named in the line of times
 
 
@@ -74,6 +75,8 @@ def _sections(graph: GraphReport) -> Iterator[RenderableType]:
         yield Text(
             "checks     " + ", ".join(f"{name} {count}" for name, count in sorted(graph.checks.items()))
         )
+    for reason, count in graph.unchecked.most_common(_UNCHECKED_SHOWN):
+        yield Text(f"unchecked  {count}: {reason}", style="yellow")
     for block in graph.outlined:
         yield Text(f"outlined   {block.name}: {block.nodes} nodes, {block.count} copies compiled once")
     if graph.seconds:
