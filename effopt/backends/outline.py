@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
-from effopt.graph.analyses.blocks import Run, blocks, operands
+from effopt.graph.analyses.blocks import Run, blocks, operand_groups, operands
 from effopt.graph.analyses.gradients import differentiable, requires_grad_leaf
 from effopt.graph.normalize import is_view
 from effopt.graph.values import val
@@ -113,28 +113,13 @@ def _outline_run(module: GraphModule, run: Run, name: str, carrying: frozenset[N
     returned = _returned(run)
     if not returned:
         return None
-    taken = _taken(run)
+    taken = operand_groups(run)
     body = _body(run.instances[0], taken, returned, carrying)
     digest = hashlib.sha256(repr([str(n.format_node()) for n in body.graph.nodes]).encode()).hexdigest()[:16]
     setattr(module, name, body)
     for instance in run.instances:
         _call(module.graph, instance, name, f"effopt_{name}_{digest}", taken, returned)
     return Outlined(name, len(run.instances), len(run.instances[0]))
-
-
-def _taken(run: Run) -> list[list[tuple[int, int]]]:
-    """The inputs of the subgraph, each as the operand slots (node offset, operand offset) it fills.
-
-    Slots that hold one node in every copy are one input.
-    """
-    groups: dict[tuple[Node, ...], list[tuple[int, int]]] = {}
-    inside = [set(instance) for instance in run.instances]
-    every = [[operands(n) for n in instance] for instance in run.instances]
-    for i, node_operands in enumerate(every[0]):
-        for j, operand in enumerate(node_operands):
-            if operand not in inside[0]:
-                groups.setdefault(tuple(copy[i][j] for copy in every), []).append((i, j))
-    return list(groups.values())
 
 
 def _returned(run: Run) -> list[int]:

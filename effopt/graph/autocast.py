@@ -43,6 +43,11 @@ def has_regions(module: GraphModule) -> bool:
     return any(n.op == "call_function" and n.target in (_ENTER, _EXIT) for n in module.graph.nodes)
 
 
+def is_on(module: GraphModule) -> bool:
+    """Whether any part of a Dynamo graph runs under autocast."""
+    return bool(ambient()) or has_regions(module)
+
+
 @contextmanager
 def in_state(state: State) -> Iterator[None]:
     """Run in exactly `state`, without the cache of casts."""

@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_or
 
 from effopt.errors import CaptureRefused
 from effopt.graph import autocast, normalize, opaque
+from effopt.graph.capture_blocks import export_in_blocks
 from effopt.graph.values import val
 
 _SHARED = "an input is written in place and shares storage with another input"
@@ -98,9 +99,8 @@ def _export(
     _refuse_transforms(copied)
     with opaque.set_aside(copied) as calls, _autocast_for(copied):
         try:
-            exported, signature = aot_export_module(
-                copied, list(inputs), trace_joint=False, pre_dispatch=True
-            )
+            in_blocks = None if calls or autocast.is_on(copied) else export_in_blocks(copied, inputs, _trace)
+            exported, signature = in_blocks or _trace(copied, list(inputs))
         except Exception as error:
             text = str(error).strip()
             if "aliased inputs that are mutated" in text:
@@ -112,10 +112,12 @@ def _export(
     return exported, signature, calls
 
 
+def _trace(module: GraphModule, inputs: list[Any]) -> tuple[GraphModule, Any]:
+    return aot_export_module(module, inputs, trace_joint=False, pre_dispatch=True)  # type: ignore[return-value]
+
+
 def _autocast_for(module: GraphModule) -> AbstractContextManager[None]:
-    if autocast.ambient() or autocast.has_regions(module):
-        return autocast.traced(module)
-    return nullcontext()
+    return autocast.traced(module) if autocast.is_on(module) else nullcontext()
 
 
 def copy_graph(graph: Graph) -> Graph:

@@ -58,7 +58,7 @@ def blocks(
             a gradient; a marked node is never equal to an unmarked one.
         smallest: fewest nodes of a block.
     """
-    nodes = [n for n in graph.nodes if n.op == "call_function"]
+    nodes = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     tokens = [None if n in barriers else _token(n, marked) for n in nodes]
     ids: dict[Any, int] = {}
     sequence = [-1 - i if t is None else ids.setdefault(t, len(ids)) for i, t in enumerate(tokens)]
@@ -169,13 +169,34 @@ def _matching_stretches(
 def _place(
     nodes: Sequence[Node], position: dict[Node, int], low: int, spare: int, period: int, length: int, count: int
 ) -> tuple[int, int, int, int] | None:
-    """The start, among the possible ones, with the fewest values carried over; then the proof."""
-    offsets = sorted(range(spare + 1), key=lambda s: _carried(nodes, position, low + s, period))
-    for shift in offsets[:4]:
-        equal = _isomorphic_prefix(nodes, position, low + shift, period, length, count)
+    """The start, among the possible ones, with the fewest values carried over; then the proof.
+
+    A value of several results and the calls that take them apart stay together: only tensors and
+    sizes can be passed to a block or returned by it.
+    """
+    if spare or length == period:
+        ways = [(low + shift, length) for shift in range(spare + 1)]
+        ways.sort(key=lambda way: _carried(nodes, position, way[0], period))
+    else:
+        ways = [(low + a, length - a - b) for a in range(3) for b in range(3) if length - a - b > 0]
+    whole = [w for w in ways if not _splits_results(nodes, position, w[0], period, w[1], count)]
+    for first, size in whole[:4]:
+        equal = _isomorphic_prefix(nodes, position, first, period, size, count)
         if equal >= 2:
-            return low + shift, period, length, equal
+            return first, period, size, equal
     return None
+
+
+def _splits_results(
+    nodes: Sequence[Node], position: dict[Node, int], first: int, period: int, length: int, count: int
+) -> bool:
+    for start in range(first, first + count * period, period):
+        for node in nodes[start : start + length]:
+            related = [*node.users] if isinstance(val(node), (tuple, list)) else []
+            related += [a for a in node.all_input_nodes if isinstance(val(a), (tuple, list))]
+            if any(not start <= position.get(other, -1) < start + length for other in related):
+                return True
+    return False
 
 
 def _carried(nodes: Sequence[Node], position: dict[Node, int], cut: int, period: int) -> int:
@@ -217,3 +238,27 @@ def operands(node: Node) -> list[Node]:
 
     map_aggregate((node.args, node.kwargs), look)
     return found
+
+
+def operand_groups(run: Run) -> list[list[tuple[int, int]]]:
+    """What the copies read from outside, each value as the operand slots (node offset, operand offset) it fills.
+
+    Slots that hold one node in every copy are one input.
+    """
+    groups: dict[tuple[Node, ...], list[tuple[int, int]]] = {}
+    inside = [set(instance) for instance in run.instances]
+    every = [[operands(n) for n in instance] for instance in run.instances]
+    for i, node_operands in enumerate(every[0]):
+        for j, operand in enumerate(node_operands):
+            if operand not in inside[0]:
+                groups.setdefault(tuple(copy[i][j] for copy in every), []).append((i, j))
+    return list(groups.values())
+
+
+def results(run: Run) -> list[int]:
+    """Offsets of the nodes that something outside their copy reads, in any of the copies."""
+    offsets: set[int] = set()
+    for instance in run.instances:
+        inside = set(instance)
+        offsets.update(i for i, node in enumerate(instance) if any(user not in inside for user in node.users))
+    return sorted(offsets)

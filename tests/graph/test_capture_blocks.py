@@ -1,0 +1,140 @@
+"""Tracing equal blocks once gives the graph that tracing everything gives, node for node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.node import map_arg
+
+from effopt.graph import capture as capturing
+from effopt.graph.capture import Captured, capture
+from effopt.graph.capture_blocks import export_in_blocks
+
+
+def listing(captured: Captured) -> list[Any]:
+    """Everything that a pass could see of a graph, with positions for nodes."""
+    position = {node: i for i, node in enumerate(captured.module.graph.nodes)}
+    lines = []
+    for node in captured.module.graph.nodes:
+        arguments = map_arg((node.args, node.kwargs), lambda operand: f"%{position[operand]}")
+        target = "" if node.op in ("placeholder", "get_attr") else str(node.target)
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        lines.append((node.op, target, repr(arguments), str(node.meta.get("val")), stack, node.meta.get("stack_trace")))
+    return [*lines, captured.mutated, captured.outputs]
+
+
+def both_ways(function: Callable[..., Any], *inputs: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, bool]:
+    """The listing with blocks traced once, the listing of the whole trace, and whether blocks were used."""
+    found: list[Any] = []
+    used: list[bool] = []
+
+    def watched(*args: Any) -> Any:
+        result = export_in_blocks(*args)
+        used.append(result is not None)
+        return result
+
+    def backend(module: GraphModule, example: Any) -> Callable[..., Any]:
+        with monkeypatch.context() as patch:
+            patch.setattr(capturing, "export_in_blocks", watched)
+            found.append(listing(capture(module, example)))
+            patch.setattr(capturing, "export_in_blocks", lambda *_: None)
+            found.append(listing(capture(module, example)))
+        return module.forward
+
+    torch.compile(function, backend=backend)(*inputs)
+    return found[0], found[1], used[0]
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.first = nn.LayerNorm(width), nn.Linear(width, 2 * width)
+        self.second, self.dropout = nn.Linear(width, width), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        gate, up = self.first(self.norm(x)).chunk(2, -1)
+        kept = torch.zeros_like(up)
+        kept[..., 1:] = up[..., 1:]
+        h = torch.nn.functional.silu(gate) * kept * scale
+        for _ in range(3):
+            h = torch.tanh(h) + 0.1
+        return x + self.dropout(self.second(h))
+
+
+class Deep(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(8, dropout) for _ in range(6))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.abs().mean()
+        x = self.dropout(x)
+        for layer in self.layers:
+            x = layer(x, scale)
+        return self.dropout(x), scale
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_same_graph(training: bool, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Deep(dropout).train(training)
+    with torch.set_grad_enabled(training):
+        once, whole, used = both_ways(model, torch.randn(3, 8), monkeypatch=monkeypatch)
+    assert used
+    assert once == whole
+
+
+def test_layers_keep_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad():
+        once, _, _ = both_ways(Deep().eval(), torch.randn(3, 8), monkeypatch=monkeypatch)
+    stacks = str([line[4] for line in once[:-2]])
+    assert all(f"layers.{i}." in stacks or f"layers[{i}]" in stacks for i in range(6))
+
+
+def test_a_block_that_writes_into_an_operand_is_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(x: Tensor, caches: list[Tensor]) -> Tensor:
+        for cache in caches:
+            h = x
+            for _ in range(6):
+                h = torch.tanh(torch.sin(h) * 0.5 + 1.0)
+            cache.copy_(h)
+            x = x + cache.exp()
+        return x
+
+    with torch.no_grad():
+        caches = [torch.zeros(3, 8) for _ in range(5)]
+        once, whole, used = both_ways(model, torch.randn(3, 8), caches, monkeypatch=monkeypatch)
+    assert not used
+    assert once == whole
+
+
+def test_a_result_written_later_is_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write, outside the blocks, changes what the next block reads."""
+
+    def model(x: Tensor, *weights: Tensor) -> Tensor:
+        for i, w in enumerate(weights):
+            h = x @ w
+            for _ in range(8):
+                h = torch.tanh(torch.sin(h) * 0.5 + 1.0)
+            x = x + h
+            if i == 2:
+                x.mul_(2.0)
+        return x
+
+    with torch.no_grad():
+        weights = [torch.randn(8, 8) for _ in range(6)]
+        once, whole, _ = both_ways(model, torch.randn(3, 8), *weights, monkeypatch=monkeypatch)
+    assert once == whole
+
+
+def test_a_small_graph_is_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad():
+        once, whole, used = both_ways(lambda x: torch.tanh(x).sin(), torch.randn(3), monkeypatch=monkeypatch)
+    assert not used
+    assert once == whole
