@@ -71,7 +71,8 @@ def _detach_operands(module: GraphModule, node: Node) -> None:
         if is_leaf and isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
             with module.graph.inserting_before(node):
                 detached = module.graph.call_function(_aten.detach.default, (operand,))
-            detached.meta.update({k: v for k, v in operand.meta.items() if k != "no_grad"})
+            reader = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
+            detached.meta.update(reader | {k: v for k, v in operand.meta.items() if k != "no_grad"})
             node.replace_input_with(operand, detached)
     node.meta["no_grad"] = True
 
