@@ -62,7 +62,7 @@ class AnyOf(Pattern):
 
     @functools.cached_property
     def heads(self) -> tuple[frozenset[Any] | None, ...]:
-        """For each option the call targets that it can start with; None for an option that any value can start."""
+        """For each option the call targets that it can start with; None where any value can start it."""
         return tuple(_heads(option) for option in self.options)
 
     def describe(self) -> str:
@@ -216,10 +216,10 @@ class Miss:
     reason: str = ""
     nodes: tuple[Node, ...] = ()
 
-    def note(self, state: State, node: Node | None, reason: str) -> None:
-        """Keep this failure if no earlier one got further."""
+    def note(self, state: State, node: Node | None, reason: Callable[[], str]) -> None:
+        """Keep this failure if no earlier one got further; most are not kept, and so never put in words."""
         if self.node is None or len(state.nodes) > len(self.nodes):
-            self.node, self.reason, self.nodes = node, reason, state.nodes
+            self.node, self.reason, self.nodes = node, reason(), state.nodes
 
 
 def same(a: Any, b: Any) -> bool:
@@ -231,14 +231,23 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
-        return isinstance(a, (int, torch.SymInt)) and isinstance(b, (int, torch.SymInt)) and statically_known_true(a == b)
+        return (
+            isinstance(a, (int, torch.SymInt))
+            and isinstance(b, (int, torch.SymInt))
+            and statically_known_true(a == b)
+        )
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
         return a == b or math.isclose(a, b, rel_tol=_NUMBER_TOLERANCE)
     return bool(type(a) is type(b) and a == b)
 
 
+def _is_given(value: Any) -> bool:
+    return isinstance(value, Node) and value.op in ("placeholder", "get_attr")
+
+
 def _equals(literal: Any, value: Any) -> bool:
-    return same(literal, value) or (isinstance(literal, (int, float)) and same(literal, constant_number(value)))
+    is_number = isinstance(literal, (int, float))
+    return same(literal, value) or (is_number and same(literal, constant_number(value)))
 
 
 def _is_plain(pattern: Any) -> bool:
@@ -289,7 +298,7 @@ class Matcher:
         elif _equals(pattern, value):
             yield state
         else:
-            self.miss.note(state, user, f"expected {pattern!r}, got {_show(value)}")
+            self.miss.note(state, user, lambda: f"expected {pattern!r}, got {_show(value)}")
 
     def _any_of(self, pattern: AnyOf, value: Any, state: State, user: Node | None) -> Iterator[State]:
         target = value.target if isinstance(value, Node) else None
@@ -303,38 +312,42 @@ class Matcher:
                 if tagged is not None:
                     yield tagged
         if not tried:
-            self.miss.note(state, user, f"expected {pattern.describe()}, got {_show(value)}")
+            self.miss.note(state, user, lambda: f"expected {pattern.describe()}, got {_show(value)}")
 
     def _capture(self, pattern: Capture, value: Any, state: State, user: Node | None) -> Iterator[State]:
         if pattern.kind == "number":
             found = constant_number(value)
             if found is None:
-                self.miss.note(state, user, f"{pattern.name} is not a compile-time number: {_show(value)}")
+                self.miss.note(
+                    state, user, lambda: f"{pattern.name} is not a compile-time number: {_show(value)}"
+                )
                 return
             value = found
         elif pattern.kind == "node" and not isinstance(value, Node):
-            self.miss.note(state, user, f"{pattern.name} is not a tensor: {_show(value)}")
+            self.miss.note(state, user, lambda: f"{pattern.name} is not a tensor: {_show(value)}")
             return
-        elif pattern.kind == "parameter" and not (isinstance(value, Node) and value.op in ("placeholder", "get_attr")):
-            self.miss.note(state, user, f"{pattern.name} is computed, not an input of the graph: {_show(value)}")
+        elif pattern.kind == "parameter" and not _is_given(value):
+            self.miss.note(state, user, lambda: f"{pattern.name} is computed, not an input: {_show(value)}")
             return
         bound = state.bind(pattern.name, value)
         if bound is None:
             was = _show(state.captures[pattern.name])
-            self.miss.note(state, user, f"{pattern.name} is {was} in one place and {_show(value)} in another")
+            self.miss.note(
+                state, user, lambda: f"{pattern.name} is {was} in one place and {_show(value)} in another"
+            )
         else:
             yield bound
 
     def _call(self, pattern: Call, value: Any, state: State, user: Node | None) -> Iterator[State]:
         if not isinstance(value, Node) or value.target not in pattern.targets:
-            self.miss.note(state, user, f"expected {pattern.family}, got {_show(value)}")
+            self.miss.note(state, user, lambda: f"expected {pattern.family}, got {_show(value)}")
             return
         actual = bound_arguments(value)
         names = list(actual)
         expected = dict(zip(names, pattern.args, strict=False)) | dict(pattern.kwargs)
         for name in names[len(pattern.args) :]:
             if name not in expected and not self._is_default(value, name, actual[name]):
-                self.miss.note(state, value, f"{pattern.family} has {name}={_show(actual[name])}")
+                self.miss.note(state, value, lambda n=name: f"{pattern.family} has {n}={_show(actual[n])}")
                 return
         inside = state.visit(value)
         pairs = [(pattern_arg, actual.get(name), name) for name, pattern_arg in expected.items()]
@@ -362,14 +375,14 @@ class Matcher:
             if _equals(pattern, value):
                 yield from self._arguments(rest, node, state)
             else:
-                self.miss.note(state, node, f"{name} is {_show(got)}, expected {wanted!r}")
+                self.miss.note(state, node, lambda: f"{name} is {_show(got)}, expected {wanted!r}")
             return
         for found in self._walk(pattern, value, state, node):
             yield from self._arguments(rest, node, found)
 
     def _sequence(self, patterns: Any, values: Any, state: State, user: Node | None) -> Iterator[State]:
         if len(patterns) != len(values):
-            self.miss.note(state, user, f"expected {len(patterns)} entries, got {len(values)}")
+            self.miss.note(state, user, lambda: f"expected {len(patterns)} entries, got {len(values)}")
             return
         if not patterns:
             yield state
@@ -395,7 +408,7 @@ class Matcher:
 
 
 def _rank_of_dims(node: Node) -> int:
-    """The rank that the dimensions of a call count in: of its first operand, or of what it makes one longer."""
+    """The rank that a call's dimensions count in: that of its first operand, or of the result of `stack`."""
     inserts = node.target in (torch.ops.aten.stack.default, torch.ops.aten.unsqueeze.default)
     first = node if inserts else node.args[0]
     value = val(first[0] if isinstance(first, (list, tuple)) and first else first)
@@ -415,5 +428,7 @@ def _modulo_rank(pattern: Any, value: Any, rank: int) -> tuple[Any, Any]:
 
 def _show(value: Any) -> str:
     if isinstance(value, Node):
-        return f"{value.name} ({value.target})" if value.op == "call_function" else f"{value.name} ({value.op})"
+        return (
+            f"{value.name} ({value.target})" if value.op == "call_function" else f"{value.name} ({value.op})"
+        )
     return repr(value)

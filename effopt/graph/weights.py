@@ -6,6 +6,7 @@ and computed again when one of its sources changes in place (seen by the version
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,16 +28,16 @@ class Derived:
     sources: tuple[int, ...]
     """Positions of the source parameters among the graph's inputs."""
     derive: Derive
-    versions: tuple[int, ...] = ()
+    versions: tuple[Any, ...] = ()
+    """What `_state` was of the sources when the constant was computed."""
 
     def refresh(self, module: torch.nn.Module, inputs: Sequence[Any]) -> None:
         """Recompute if a source has changed since, in place so that compiled code sees it."""
         tensors = [inputs[i] for i in self.sources]
-        versions = tuple(t._version for t in tensors)
-        if versions != self.versions:
+        if not all(_is_in_state(t, was) for t, was in zip(tensors, self.versions, strict=True)):
             with torch.no_grad():
                 getattr(module, self.name).copy_(self.derive(*(t.detach() for t in tensors)))
-            self.versions = versions
+            self.versions = tuple(_state(t) for t in tensors)
 
 
 @dataclass
@@ -79,7 +80,7 @@ class DerivedWeights:
                 self.cache[key] = derive(*(t.detach() for t in tensors))
         name = f"_derived_{len(self.entries)}"
         module.register_buffer(name, self.cache[key])
-        versions = tuple(t._version for t in tensors)
+        versions = tuple(_state(t) for t in tensors)
         self.entries.append(Derived(name, tuple(p for p in positions if p is not None), derive, versions))
         last_placeholder = list(module.graph.find_nodes(op="placeholder"))[-1]
         with module.graph.inserting_after(last_placeholder):
@@ -87,6 +88,16 @@ class DerivedWeights:
         mode = last_placeholder_mode(module)
         node.meta["val"] = mode.from_tensor(self.cache[key]) if mode else self.cache[key]
         return node
+
+
+def _state(source: Tensor) -> tuple[Any, int, int]:
+    """What changes when a parameter is written, replaced (`module.weight = ...`) or given other `.data`."""
+    return weakref.ref(source), source.data_ptr(), source._version
+
+
+def _is_in_state(source: Tensor, was: tuple[Any, int, int]) -> bool:
+    reference, pointer, version = was
+    return reference() is source and source.data_ptr() == pointer and source._version == version
 
 
 def last_placeholder_mode(module: GraphModule) -> Any:
