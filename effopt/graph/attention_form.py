@@ -12,6 +12,7 @@ from effopt.graph import ops
 from effopt.graph.analyses import heads
 from effopt.graph.analyses.heads import equal
 from effopt.graph.analyses.score_terms import Scores, Term, fold, is_row_maximum
+from effopt.graph.constants import guarded_number
 from effopt.graph.pattern import Step
 from effopt.graph.rewrite import Emit, Match, require
 from effopt.graph.values import is_floating, shape_of, val
@@ -41,17 +42,39 @@ def read(m: Match) -> AttentionForm:
     for operand in (m.query, m.key, m.value):
         require(is_floating(operand), f"{operand.name} is not a real floating-point tensor", operand)
     ranks = {len(shape_of(n)) for n in (m.query, m.key, m.product)}
-    require(len(ranks) == 1, "query and key have different ranks: a shared matrix, not keys of each batch entry", m.product)
+    require(
+        len(ranks) == 1,
+        "query and key have different ranks: a shared matrix, not keys of each batch entry",
+        m.product,
+    )
     frame = shape_of(m.product)[:-2]
     require(equal(shape_of(m.query)[:-2], frame), f"the query is broadcast over {list(frame)}", m.query)
-    start = Scores(scale=float(1.0 if m.alpha is None else m.alpha), frame=frame, widest=frame)
-    if m.added is not None and m.beta != 0:
-        require(heads.broadcasts(shape_of(m.added), shape_of(m.product)), "the added bias does not broadcast", m.added)
-        start = Scores(start.scale, terms=(Term(m.added, float(m.beta)),), frame=frame, widest=frame)
+    alpha, beta = (guarded_number(1.0 if x is None else x) for x in (m.alpha, m.beta))
+    require(
+        alpha is not None and beta is not None,
+        "the factors of baddbmm are not known when compiling",
+        m.product,
+    )
+    start = Scores(scale=float(alpha or 0.0), frame=frame, widest=frame)
+    if m.added is not None and beta:
+        require(
+            heads.broadcasts(shape_of(m.added), shape_of(m.product)),
+            "the added bias does not broadcast",
+            m.added,
+        )
+        start = Scores(start.scale, terms=(Term(m.added, float(beta)),), frame=frame, widest=frame)
     scores = fold(start, m.steps)
     scores = fold(scores, [s for s in m.after if s.tag not in ("dropout", "native")])
     value_rank = len(shape_of(m.value))
-    require(value_rank == len(shape_of(m.root)), "the value is shared by the whole batch: a matrix, not values", m.value)
+    require(
+        value_rank == len(shape_of(m.root)),
+        "the value is shared by the whole batch: a matrix, not values",
+        m.value,
+    )
+    for operand in (m.value, *(t.node for t in (*scores.terms, *scores.masks))):
+        require(
+            operand not in m.nodes, f"{operand.name} is both a step of the attention and an operand", operand
+        )
     for step in m.outer or ():
         shifts = step.tag != "shift" or is_row_maximum(step.peak, step.node.args[0])
         require(shifts, "something else than the row maximum is subtracted before softmax", step.node)
@@ -71,7 +94,11 @@ def _sinks_of(m: Match, scores: Scores) -> Node:
     """The `[h]` (or `[1, h, 1, 1]`) logits behind the extra column."""
     keys, columns = shape_of(m.product)[-1], shape_of(m.sinks)
     last = m.sink_dim in (-1, len(columns) - 1)
-    require(last and len(columns) == 4 and columns[-1] == 1, "the extra logits are not one column of keys", m.sinks)
+    require(
+        last and len(columns) == 4 and columns[-1] == 1,
+        "the extra logits are not one column of keys",
+        m.sinks,
+    )
     ends = m.kept == -1 or equal((val(m.kept),), (keys,))
     require(ends, "what is sliced off after softmax is not the extra column", m.root)
     node = m.sinks
@@ -159,7 +186,11 @@ def _expanded(emit: Emit, node: Node, query: Node) -> Node:
     own, wanted = shape_of(node)[:-2], shape_of(query)[:-2]
     if equal(own, wanted):
         return node
-    require(heads.broadcasts(own, wanted), f"key or value has batch and heads {list(own)}, the query {list(wanted)}", node)
+    require(
+        heads.broadcasts(own, wanted),
+        f"key or value has batch and heads {list(own)}, the query {list(wanted)}",
+        node,
+    )
     return emit(_aten.expand.default, node, [*(_size(emit, query, i) for i in range(rank - 2)), -1, -1])
 
 
@@ -172,7 +203,7 @@ def _bias(emit: Emit, terms: tuple[Term, ...], dtype: torch.dtype) -> Node:
     for term in terms:
         node = term.node
         if term.fill is not None:
-            zero = emit(_aten.full.default, [], 0.0, dtype=dtype, device=val(node).device)
+            zero = emit(_aten.new_zeros.default, node, [], dtype=dtype)
             keep = emit(_aten.logical_not.default, node) if term.inverted else node
             node = emit(_aten.where.ScalarOther, keep, zero, term.fill)
         if not val(node).dtype.is_floating_point:

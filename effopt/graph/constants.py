@@ -19,7 +19,12 @@ _TRANSPARENT = {
     _aten.reshape.default,
     _aten.unsqueeze.default,
 }
-_FILLED = {_aten.full.default: 1, _aten.scalar_tensor.default: 0, _aten.new_full.default: 2, _aten.full_like.default: 1}
+_FILLED = {
+    _aten.full.default: 1,
+    _aten.scalar_tensor.default: 0,
+    _aten.new_full.default: 2,
+    _aten.full_like.default: 1,
+}
 _ZEROS = {_aten.zeros.default, _aten.new_zeros.default, _aten.zeros_like.default}
 _ONES = {_aten.ones.default, _aten.new_ones.default, _aten.ones_like.default}
 
@@ -61,3 +66,18 @@ def _stored(node: Node) -> int | float | None:
         return None
     number = held.item()  # type: ignore[union-attr]
     return number if type(number) in (int, float) else None
+
+
+def guarded_number(value: Any) -> int | float | None:
+    """`constant_number`, or the present value of a symbolic one, which the graph is from then on compiled for.
+
+    With `dynamic=True` a model's float attributes are symbols. Reading one adds a guard: when it changes,
+    the graph is compiled anew. Ask only for numbers that must be known, after everything else matched.
+    """
+    number = constant_number(value)
+    if number is not None:
+        return number
+    held = value.meta.get("val") if isinstance(value, Node) else value
+    if isinstance(held, torch.SymFloat) and held.node.hint is not None:
+        return float(held)
+    return None

@@ -190,7 +190,9 @@ def root_targets(pattern: Any) -> tuple[Any, ...]:
 
 def find(graph: Graph, targets: Sequence[Any]) -> list[Node]:
     """All calls of `targets`, in graph order, from the index that FX keeps."""
-    found = [n for t in dict.fromkeys(targets) for n in graph.find_nodes(op="call_function", target=t, sort=False)]
+    found = [
+        n for t in dict.fromkeys(targets) for n in graph.find_nodes(op="call_function", target=t, sort=False)
+    ]
     return sorted(found)
 
 
@@ -322,7 +324,9 @@ class _Driver:
             )
             require(same_shape, f"the result would be {list(now.shape)}, it was {list(was.shape)}", old)
             require(was.dtype == now.dtype, f"the result would be {now.dtype}, it was {was.dtype}", old)
-            require(was.device == now.device, f"the result would be on {now.device}, it was on {was.device}", old)
+            require(
+                was.device == now.device, f"the result would be on {now.device}, it was on {was.device}", old
+            )
 
     def _note_miss(self, miss: Miss) -> None:
         if miss.node is not None:
@@ -348,7 +352,9 @@ class _Driver:
             _, where, reason = attempt
             if not reason:
                 continue
-            self.result.reject(self.rule.name, anchor, f"at {where.name}: {reason}" if where is not anchor else reason)
+            self.result.reject(
+                self.rule.name, anchor, f"at {where.name}: {reason}" if where is not anchor else reason
+            )
 
     def _no_root(self, anchor: Node) -> str:
         users = ", ".join(sorted({str(u.target) for u in anchor.users})) or "nothing"

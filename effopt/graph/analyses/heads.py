@@ -73,7 +73,9 @@ def unrepeated(node: Node) -> Node:
         return node.args[0] if dim in (1, -3) else node  # type: ignore[return-value]
     if node.target is _aten.expand.default:
         source = node.args[0]
-        return source if len(shape_of(source)) == 4 and equal(shape_of(source)[:1], shape_of(node)[:1]) else node  # type: ignore[return-value]
+        return (
+            source if len(shape_of(source)) == 4 and equal(shape_of(source)[:1], shape_of(node)[:1]) else node
+        )  # type: ignore[return-value]
     if node.target not in VIEWS:
         return node
     wide = _without_copy(node.args[0])

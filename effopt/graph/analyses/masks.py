@@ -197,7 +197,12 @@ def _index(node: Any, depth: int = 12) -> tuple[int, int] | None:
         return (1, start) if isinstance(start, int) and step == 1 else None
     if node.target in (_aten.add.Tensor, _aten.sub.Tensor, _aten.add.Scalar, _aten.sub.Scalar):
         inner, number = _index(node.args[0], depth - 1), constant_number(node.args[1])
-        if inner is None or not isinstance(number, int) or node.kwargs or len(shape_of(node)) != len(shape_of(node.args[0])):
+        if (
+            inner is None
+            or not isinstance(number, int)
+            or node.kwargs
+            or len(shape_of(node)) != len(shape_of(node.args[0]))
+        ):
             return None
         sign = 1 if node.target in (_aten.add.Tensor, _aten.add.Scalar) else -1
         return inner[0], inner[1] + sign * number
@@ -267,7 +272,10 @@ def _is_plain(node: Node) -> bool:
     value = val(node)
     if node.op == "get_attr":
         return True
-    random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    random = (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
     if random or not isinstance(node.target, torch._ops.OpOverload) or not isinstance(value, torch.Tensor):
         return False
     static = all(isinstance(s, int) for s in value.shape)

@@ -20,7 +20,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.heads import broadcasts, equal
-from effopt.graph.constants import constant_number
+from effopt.graph.constants import constant_number, guarded_number
 from effopt.graph.pattern import Step
 from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of, val
@@ -77,6 +77,11 @@ def _inner(step: Step) -> Any:
     return step.node.args[0]
 
 
+def _number(value: Any) -> float | None:
+    found = guarded_number(value)
+    return None if found is None else float(found)
+
+
 def _scaled(scores: Scores, by: float, where: Node) -> Scores:
     has_additions = bool(scores.terms or scores.masks)
     require(math.isfinite(by) and by != 0.0, f"the scores are scaled by {by}", where)
@@ -99,14 +104,14 @@ def _scale_term(term: Term, by: float) -> Term:
 
 
 def _mul(scores: Scores, step: Step) -> Scores:
-    by = constant_number(step.factor)
-    return _scaled(scores, float(by), step.node) if by is not None else _by_tensor(scores, step)
+    by = _number(step.factor)
+    return _scaled(scores, by, step.node) if by is not None else _by_tensor(scores, step)
 
 
 def _div(scores: Scores, step: Step) -> Scores:
-    by = constant_number(step.factor)
+    by = _number(step.factor)
     require(by != 0, "the scores are divided by zero", step.node)
-    return _scaled(scores, 1.0 / float(by), step.node) if by is not None else _by_tensor(scores, step)
+    return _scaled(scores, 1.0 / by, step.node) if by is not None else _by_tensor(scores, step)
 
 
 def _by_tensor(scores: Scores, step: Step) -> Scores:
@@ -119,7 +124,9 @@ def _by_tensor(scores: Scores, step: Step) -> Scores:
         step.node,
     )
     plain = not (scores.terms or scores.masks or scores.softcap or scores.frame_args)
-    require(plain, "a tensor scales the scores after a mask, bias, soft-cap or reshape was applied", step.node)
+    require(
+        plain, "a tensor scales the scores after a mask, bias, soft-cap or reshape was applied", step.node
+    )
     require(len(sizes) <= len(shape_of(step.node)), "a scale adds dimensions to the scores", step.node)
     op = step.node.target
     return replace(scores, factors=(*scores.factors, (op, factor)))
@@ -182,7 +189,9 @@ def _drop(scores: Scores, step: Step) -> Scores:
 def _mask(scores: Scores, step: Step, inverted: bool) -> Scores:
     condition, fill = step.condition, float(step.fill)
     require(
-        isinstance(condition, Node) and val(condition).dtype == torch.bool, "the mask is not boolean", step.node
+        isinstance(condition, Node) and val(condition).dtype == torch.bool,
+        "the mask is not boolean",
+        step.node,
     )
     require(not math.isnan(fill) and fill != math.inf, f"masked scores become {fill}", step.node)
     require(
@@ -216,12 +225,22 @@ def _dropout(scores: Scores, step: Step) -> Scores:
 
 def _view(scores: Scores, step: Step) -> Scores:
     before, after = shape_of(_inner(step)), shape_of(step.node)
-    require(len(before) >= 2 and len(after) >= 2, "the scores are reshaped to fewer than 2 dimensions", step.node)
-    require(equal(before[-2:], after[-2:]), f"the scores are reshaped from {list(before)} to {list(after)}: rows or keys move", step.node)
+    require(
+        len(before) >= 2 and len(after) >= 2, "the scores are reshaped to fewer than 2 dimensions", step.node
+    )
+    require(
+        equal(before[-2:], after[-2:]),
+        f"the scores are reshaped from {list(before)} to {list(after)}: rows or keys move",
+        step.node,
+    )
     frame = after[:-2]
     if len(frame) <= len(scores.widest):
         regrouped = len(frame) == len(scores.widest) and not equal(frame, scores.widest)
-        require(not regrouped, f"the batch and head dimensions {list(scores.widest)} become {list(frame)}", step.node)
+        require(
+            not regrouped,
+            f"the batch and head dimensions {list(scores.widest)} become {list(frame)}",
+            step.node,
+        )
         return replace(scores, frame=frame)
     lead = tuple(step.sizes[:-2])
     terms = tuple(_to_frame(t, scores, lead, step.node) for t in scores.terms)
@@ -239,7 +258,11 @@ def _to_frame(term: Term, scores: Scores, lead: Shape, where: Node) -> Term:
 def _in_frame(term: Term, scores: Scores, where: Node) -> Term:
     """A term at the present frame, brought to the widest one."""
     own, total = shape_of(term.node), shape_of(where)
-    require(broadcasts(own, total), f"a mask or bias {list(own)} does not broadcast to the scores {list(total)}", where)
+    require(
+        broadcasts(own, total),
+        f"a mask or bias {list(own)} does not broadcast to the scores {list(total)}",
+        where,
+    )
     require(equal(total[:-2], scores.frame), f"a mask or bias enlarges the scores to {list(total)}", where)
     sizes = own[:-2]
     if len(scores.widest) == len(scores.frame) or all(statically_known_true(s == 1) for s in sizes):

@@ -46,10 +46,14 @@ class ProveCausal(Rewrite):
         return op["effopt.attention"](tensor(q), tensor(k), tensor(v), **options)
 
     def legal(self, m: Match) -> None:
-        require(not m.is_causal, "it is causal already", m.root)
-        require(m.mask is not None or m.bias is not None, "it has no mask", m.root)
+        require(not m.is_causal, "", m.root)
+        require(m.mask is not None or m.bias is not None, "", m.root)
         require(m.sinks is None or m.mask is None or not _finite(m.fill), "sinks, and a finite fill", m.root)
-        require(_causal_operand(m) is not None, "no mask is proved causal from the graph: it stays a tensor", m.root)
+        require(
+            _causal_operand(m) is not None,
+            "no mask is proved causal from the graph: it stays a tensor",
+            m.root,
+        )
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
         kept = {name: m.captures[name] for name in _OPTIONS}
@@ -57,7 +61,9 @@ class ProveCausal(Rewrite):
         if kept["mask"] is None:
             kept["fill"] = None
         kept["rows_see_key"] = kept["mask"] is None and kept["bias"] is None
-        return emit(ops.attention, m.q, m.k, m.v, **{k: v for k, v in kept.items() if v not in (None, False, 0.0)})
+        return emit(
+            ops.attention, m.q, m.k, m.v, **{k: v for k, v in kept.items() if v not in (None, False, 0.0)}
+        )
 
     def samples(self) -> Iterable[Example]:
         q = torch.randn(2, 2, 6, 8)

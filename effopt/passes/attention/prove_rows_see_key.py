@@ -46,8 +46,13 @@ class ProveRowsSeeKey(Rewrite):
 
     def legal(self, m: Match) -> None:
         masked = m.mask is not None or m.bias is not None
-        require(masked and not m.rows_see_key, "it has no mask, or is noted already", m.root)
-        require(m.mask is None or m.bias is None, "both a mask and a bias: they could hide all keys together", m.root)
+        cares = masked and not m.rows_see_key and not m.zero_masked_rows
+        require(cares, "", m.root)
+        require(
+            m.mask is None or m.bias is None,
+            "both a mask and a bias: they could hide all keys together",
+            m.root,
+        )
         require(not m.is_causal, "causal, and a mask: they could hide all keys together", m.root)
         operand = m.bias if m.mask is None else m.mask
         proved = masks.every_row_sees(operand)
@@ -55,7 +60,9 @@ class ProveRowsSeeKey(Rewrite):
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
         kept = {name: m.captures[name] for name in _OPTIONS} | {"rows_see_key": True}
-        return emit(ops.attention, m.q, m.k, m.v, **{k: v for k, v in kept.items() if v not in (None, False, 0.0)})
+        return emit(
+            ops.attention, m.q, m.k, m.v, **{k: v for k, v in kept.items() if v not in (None, False, 0.0)}
+        )
 
     def samples(self) -> Iterable[Example]:
         q = torch.randn(2, 2, 6, 8)

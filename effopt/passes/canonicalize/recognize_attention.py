@@ -41,8 +41,10 @@ class RecognizeAttention(Rewrite):
 
     def pattern(self, op: OpBuilder, query: Any, key: Any, value: Any) -> Any:  # type: ignore[override]
         q, k, v = tensor(query), tensor(key), tensor(value)
-        with_bias = op.baddbmm(tensor("added"), q, k, beta=number("beta"), alpha=number("alpha"))
-        scores = chain("steps", Named("product", any_of(op.matmul(q, k), op.bmm(q, k), with_bias)), **_on_scores(op))
+        with_bias = op.baddbmm(tensor("added"), q, k, beta=C("beta"), alpha=C("alpha"))
+        scores = chain(
+            "steps", Named("product", any_of(op.matmul(q, k), op.bmm(q, k), with_bias)), **_on_scores(op)
+        )
         with_sink = op.cat([scores, tensor("sinks")], C("sink_dim"))
         sunk = chain("outer", with_sink, shift=_shift(op), cast=op._to_copy(HOLE, dtype=ANY))
         weights = any_of(_softmax(op, scores), op.slice(_softmax(op, sunk), -1, 0, C("kept")))
@@ -101,7 +103,8 @@ def _shift(op: OpBuilder) -> Any:
 def _views(op: OpBuilder) -> dict[str, Any]:
     view = any_of(*(view(HOLE, C("sizes")) for view in (op.view, op._unsafe_view, op.reshape)))
     copy = op.clone(HOLE, memory_format=ANY)
-    return {"view": view, "clone": copy, "cast": op._to_copy(HOLE, dtype=ANY)}
+    cast = any_of(op._to_copy(HOLE, dtype=ANY), op.type_as(HOLE, ANY))
+    return {"view": view, "clone": copy, "cast": cast}
 
 
 def _on_scores(op: OpBuilder) -> dict[str, Any]:

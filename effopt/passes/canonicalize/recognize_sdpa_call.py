@@ -50,7 +50,11 @@ class RecognizeSDPACall(Rewrite):
         for operand in (m.q, m.k, m.v):
             require(is_floating(operand), f"{operand.name} is not a real floating-point tensor", operand)
         require(len(q) == len(k) == len(v), "query, key and value have different ranks", m.root)
-        require(m.scale is None or isinstance(m.scale, (int, float)), "the scale is not known when compiling", m.root)
+        require(
+            m.scale is None or isinstance(m.scale, (int, float)),
+            "the scale is not known when compiling",
+            m.root,
+        )
         require(not (m.causal and m.mask is not None), "both is_causal and a mask", m.root)
         if m.mask is not None:
             fits = broadcasts(shape_of(m.mask), (*q[:-1], k[-2]))

@@ -29,7 +29,13 @@ from effopt.passes.base import Example, Rewrite, Stage
 _aten = torch.ops.aten
 _MATMULS = (_aten.matmul.default, _aten.bmm.default, _aten.baddbmm.default, _aten.einsum.default)
 _SEEN_THROUGH = (
-    *(getitem, _aten.dropout.default, _aten.native_dropout.default, _aten.clone.default, _aten._to_copy.default),
+    *(
+        getitem,
+        _aten.dropout.default,
+        _aten.native_dropout.default,
+        _aten.clone.default,
+        _aten._to_copy.default,
+    ),
     *(_aten.cat.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.contiguous.default),
     *(_aten.masked_fill.Scalar, _aten.masked_fill.Tensor, _aten.max.dim, _aten.amax.default),
 )

@@ -44,7 +44,9 @@ class SpellEinsum(Rewrite):
         plan = _read(m)
         require(val(m.a).dtype == val(m.b).dtype, "the operands have different dtypes", m.root)
         sizes = (shape_of(x)[letters.index(plan.summed)] for x, letters in ((m.a, plan.a), (m.b, plan.b)))
-        require(statically_known_true(next(sizes) == next(sizes)), "the contracted dimension broadcasts", m.root)
+        require(
+            statically_known_true(next(sizes) == next(sizes)), "the contracted dimension broadcasts", m.root
+        )
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
         plan = _read(m)
@@ -64,7 +66,9 @@ class SpellEinsum(Rewrite):
         q, k = torch.randn(2, 5, 3, 4), torch.randn(2, 7, 3, 4)
         yield Example(lambda q, k: torch.einsum("bqhd,bkhd->bhqk", q, k), (q, k))
         yield Example(lambda w, v: torch.einsum("bhqk,bkhd->bqhd", w, v), (torch.randn(2, 3, 5, 7), k))
-        yield Example(lambda v, w: torch.einsum("bnd,bmn->bmd", v, w), (torch.randn(2, 7, 4), torch.randn(2, 5, 7)))
+        yield Example(
+            lambda v, w: torch.einsum("bnd,bmn->bmd", v, w), (torch.randn(2, 7, 4), torch.randn(2, 5, 7))
+        )
 
     def refusals(self) -> Iterable[Example]:
         x = torch.randn(3, 3, 3)

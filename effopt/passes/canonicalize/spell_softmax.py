@@ -36,7 +36,9 @@ class SpellSoftmax(Rewrite):
         x = tensor(x)
         plain = any_of(op.getitem(op.max(x, dim, True), 0), op.amax(x, dims, True))
         detached = any_of(
-            op.getitem(op.max(op.detach(x), dim, True), 0), op.amax(op.detach(x), dims, True), op.detach(plain)
+            op.getitem(op.max(op.detach(x), dim, True), 0),
+            op.amax(op.detach(x), dims, True),
+            op.detach(plain),
         )
         weights = op.exp(op.sub(x, any_of(plain, detached)))
         normalised = op.div(weights, op.sum(weights, dims, True))
