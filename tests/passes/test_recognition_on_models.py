@@ -11,7 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-import architectures  # noqa: E402 - found beside the tests, not installed
+import architectures
 
 LAYERS = 2
 # norms, ropes, glus, linears of two layers, their last norm and the language-model head.
