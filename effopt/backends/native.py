@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from effopt.backends.base import Lowering
 from effopt.graph import ops
-from effopt.graph.ops.base import Operands, hint
+from effopt.graph.ops.base import Operands
 from effopt.target import Target
 
 _ABSORBING = -1e30
@@ -46,7 +46,7 @@ def sdpa(
     """`ops.attention` through `scaled_dot_product_attention`; arguments as there."""
     if bias is not None:
         bias = bias.to(torch.promote_types(bias.dtype, query.dtype))
-    allowed = _mask_for_kernel(query.dtype, bias, mask, fill)
+    allowed = _mask_for_kernel(bias, mask)
     q, k, v = (_four_dimensional(x, query.dim()) for x in (query, key, value))
     out = F.scaled_dot_product_attention(
         q,
@@ -64,18 +64,15 @@ def sdpa(
     return _restore_blind_rows(out, value, bias, mask, fill)
 
 
-def _mask_for_kernel(
-    dtype: torch.dtype, bias: Optional[Tensor], mask: Optional[Tensor], fill: Optional[float]
-) -> Optional[Tensor]:
-    """Mask and bias as the one operand that the kernel takes."""
+def _mask_for_kernel(bias: Optional[Tensor], mask: Optional[Tensor]) -> Optional[Tensor]:
+    """Mask and bias as the one operand that the kernel takes.
+
+    Masked scores are -inf, whatever `fill` is: rows without a key are given theirs afterwards. The CPU kernel's
+    backward is wrong for rows of the least finite number (it recomputes weights of 1, not 1/s; torch 2.13).
+    """
     if mask is None:
         return bias
-    floor = -math.inf if fill is None else fill
-    if bias is not None:
-        return torch.where(mask, bias, floor)
-    if fill is None or not _absorbs(fill, dtype):
-        return mask
-    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), fill)
+    return mask if bias is None else torch.where(mask, bias, -math.inf)
 
 
 def _absorbs(fill: float, dtype: torch.dtype) -> bool:
@@ -88,8 +85,6 @@ def _restore_blind_rows(
     """Give rows that see no key what softmax gives: NaN for -inf, the mean of the values for a finite fill."""
     infinite = fill is None or fill == -math.inf
     if mask is not None and not infinite:
-        if _absorbs(fill or 0.0, out.dtype):
-            return out
         mean = value.mean(dim=-2, keepdim=True)
         if value.dim() == 4 and value.shape[1] != out.shape[1]:
             mean = mean.repeat_interleave(out.shape[1] // value.shape[1], dim=1)

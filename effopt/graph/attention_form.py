@@ -101,9 +101,9 @@ def _sinks_of(m: Match, scores: Scores) -> Node:
     )
     ends = m.kept == -1 or equal((val(m.kept),), (keys,))
     require(ends, "what is sliced off after softmax is not the extra column", m.root)
-    node = m.sinks
+    node: Node = m.sinks
     while node.target in _EXPANSIONS and len(shape_of(node)) == 4 and len(shape_of(node.args[0])) in (1, 4):
-        node = node.args[0]
+        node = node.args[0]  # type: ignore[assignment]
     own = shape_of(node)
     head_count = scores.widest[1] if len(scores.widest) == 2 else None
     plain = equal(own, (head_count,)) or equal(own, (1, head_count, 1, 1))

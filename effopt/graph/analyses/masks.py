@@ -250,7 +250,7 @@ def _literal(node: Node) -> torch.Tensor | None:
     literal = "_tensor_constant" in str(node.target) and isinstance(held, torch.Tensor)
     if not literal or isinstance(held, torch._subclasses.FakeTensor):
         return None
-    return held.cpu()  # type: ignore[union-attr]
+    return held.cpu() if isinstance(held, torch.Tensor) else None
 
 
 def _ancestors(node: Node) -> list[Node] | None:

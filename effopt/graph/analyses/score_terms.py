@@ -1,6 +1,6 @@
 """What happens to attention scores between `query @ key^T` and softmax, as one formula.
 
-    scores = softcap * tanh(scale * q k^T / softcap) + sum of coefficient * term, kept where all masks are True
+    scores = softcap * tanh(scale * q k^T / softcap) + sum of coefficient * term, where all masks are True
 
 Reads the steps of a chain from the product outwards and keeps this form after each: a number that
 comes after a mask also scales the mask's fill, one after a term scales the term. Steps that leave
@@ -11,7 +11,7 @@ is written as a huge finite number added to the scores stays a term.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.heads import broadcasts, equal
 from effopt.graph.constants import constant_number, guarded_number
-from effopt.graph.pattern import Step
+from effopt.graph.pattern import Step, bound_arguments
 from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of, val
 
@@ -187,7 +187,9 @@ def _drop(scores: Scores, step: Step) -> Scores:
 
 
 def _mask(scores: Scores, step: Step, inverted: bool) -> Scores:
-    condition, fill = step.condition, float(step.fill)
+    condition, fill = step.condition, _number(step.fill)
+    require(fill is not None, "masked scores are replaced by a tensor, not by one number", step.node)
+    assert fill is not None
     require(
         isinstance(condition, Node) and val(condition).dtype == torch.bool,
         "the mask is not boolean",
@@ -285,14 +287,15 @@ def is_row_maximum(node: Any, of: Any) -> bool:
         node = node.args[0]
     if not isinstance(node, Node) or node.target not in (_aten.max.dim, _aten.amax.default):
         return False
-    source, dims = node.args[0], node.args[1] if len(node.args) > 1 else ()
-    dims = [dims] if isinstance(dims, int) else list(dims)  # type: ignore[call-overload]
-    keeps = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    rank = len(shape_of(source))
-    return source is of and bool(keeps) and [d % rank for d in dims] == [rank - 1]
+    arguments = bound_arguments(node)
+    rank = len(shape_of(arguments["self"]))
+    dims = arguments["dim"] if isinstance(arguments["dim"], (list, tuple)) else [arguments["dim"]]
+    return (
+        arguments["self"] is of and bool(arguments["keepdim"]) and [int(d) % rank for d in dims] == [rank - 1]
+    )
 
 
-_STEPS = {
+_STEPS: dict[str, Callable[[Scores, Step], Scores]] = {
     "mul": _mul,
     "div": _div,
     "tanh": _tanh,

@@ -41,7 +41,7 @@ class ProveCausal(Rewrite):
     def anchors(self, pattern: Any) -> tuple[Any, ...]:
         return (ops.attention.overload,)
 
-    def pattern(self, op: OpBuilder, q: Any, k: Any, v: Any) -> Any:  # type: ignore[override]
+    def pattern(self, op: OpBuilder, q: Any, k: Any, v: Any) -> Any:
         options = {name: Capture(name) for name in _OPTIONS}
         return op["effopt.attention"](tensor(q), tensor(k), tensor(v), **options)
 
@@ -57,7 +57,7 @@ class ProveCausal(Rewrite):
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
         kept = {name: m.captures[name] for name in _OPTIONS}
-        kept |= {_causal_operand(m): None, "is_causal": True}
+        kept |= {str(_causal_operand(m)): None, "is_causal": True}
         if kept["mask"] is None:
             kept["fill"] = None
         kept["rows_see_key"] = kept["mask"] is None and kept["bias"] is None

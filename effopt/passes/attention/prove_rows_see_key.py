@@ -40,7 +40,7 @@ class ProveRowsSeeKey(Rewrite):
     def anchors(self, pattern: Any) -> tuple[Any, ...]:
         return (ops.attention.overload,)
 
-    def pattern(self, op: OpBuilder, q: Any, k: Any, v: Any) -> Any:  # type: ignore[override]
+    def pattern(self, op: OpBuilder, q: Any, k: Any, v: Any) -> Any:
         options = {name: Capture(name) for name in _OPTIONS}
         return op["effopt.attention"](tensor(q), tensor(k), tensor(v), **options)
 

@@ -1,6 +1,6 @@
 """Recognise attention, however its scores are scaled, capped, biased and masked.
 
-    dropout(softmax(mask(softcap(scale * query @ key^T) + bias))) @ value  =>  attention(query, key, value, ...)
+    dropout(softmax(mask(softcap(scale * query @ key^T) + bias))) @ value  =>  attention(query, key, ...)
 
 Exact up to reassociation and intermediate rounding (the op keeps scores in float32). Rows that see no
 key keep the result of the original: NaN for -inf, uniform for a finite fill. No training needed. Saves
@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.fx import Node
 
 from effopt.graph.attention_form import read, write
-from effopt.graph.pattern import ANY, HOLE, Capture, Named, OpBuilder, any_of, chain, number, tensor
+from effopt.graph.pattern import ANY, HOLE, Capture, Named, OpBuilder, any_of, chain, tensor
 from effopt.graph.rewrite import Emit, Match
 from effopt.passes.base import Example, Rewrite, Stage
 
@@ -39,7 +38,7 @@ class RecognizeAttention(Rewrite):
     def anchors(self, pattern: Any) -> tuple[Any, ...]:
         return (torch.ops.aten.softmax.int,)
 
-    def pattern(self, op: OpBuilder, query: Any, key: Any, value: Any) -> Any:  # type: ignore[override]
+    def pattern(self, op: OpBuilder, query: Any, key: Any, value: Any) -> Any:
         q, k, v = tensor(query), tensor(key), tensor(value)
         with_bias = op.baddbmm(tensor("added"), q, k, beta=C("beta"), alpha=C("alpha"))
         scores = chain(
@@ -116,9 +115,9 @@ def _on_scores(op: OpBuilder) -> dict[str, Any]:
         "add": op.add(HOLE, C("term")),
         "shift": _shift(op),
         "sub": op.sub(HOLE, C("term")),
-        "keep": op.where(tensor("condition"), HOLE, number("fill")),
-        "drop": op.where(tensor("condition"), number("fill"), HOLE),
-        "masked": op.masked_fill(HOLE, tensor("condition"), number("fill")),
+        "keep": op.where(tensor("condition"), HOLE, C("fill")),
+        "drop": op.where(tensor("condition"), C("fill"), HOLE),
+        "masked": op.masked_fill(HOLE, tensor("condition"), C("fill")),
         "dropout": op.dropout(HOLE, C("p"), C("train")),
     }
 

@@ -1,6 +1,6 @@
 """Take an existing `scaled_dot_product_attention` call as the canonical op.
 
-    scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale, enable_gqa)  =>  attention(q, k, v, ...)
+    scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale)  =>  attention(q, k, v, ...)
 
 Exact. Rows that see no key give 0, as every SDPA kernel does for boolean and for -inf masks alike
 (torch 2.13, CPU: flash and math, float32 and bfloat16). No training needed. Saves the copies of
@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from effopt.graph import ops
 from effopt.graph.analyses.heads import broadcasts
 from effopt.graph.attention_form import grouped
+from effopt.graph.constants import guarded_number
 from effopt.graph.pattern import OpBuilder, tensor
 from effopt.graph.rewrite import Emit, Match, require
 from effopt.graph.values import is_floating, shape_of, val
@@ -39,7 +40,7 @@ class RecognizeSDPACall(Rewrite):
     def anchors(self, pattern: Any) -> tuple[Any, ...]:
         return (torch.ops.aten.scaled_dot_product_attention.default,)
 
-    def pattern(  # type: ignore[override]
+    def pattern(
         self, op: OpBuilder, q: Any, k: Any, v: Any, mask: Any, p: Any, causal: Any, scale: Any, grouped: Any
     ) -> Any:
         operands = (tensor(q), tensor(k), tensor(v))
@@ -51,7 +52,7 @@ class RecognizeSDPACall(Rewrite):
             require(is_floating(operand), f"{operand.name} is not a real floating-point tensor", operand)
         require(len(q) == len(k) == len(v), "query, key and value have different ranks", m.root)
         require(
-            m.scale is None or isinstance(m.scale, (int, float)),
+            m.scale is None or guarded_number(m.scale) is not None,
             "the scale is not known when compiling",
             m.root,
         )
@@ -64,7 +65,7 @@ class RecognizeSDPACall(Rewrite):
         query = m.q
         key, value = (m.k, m.v) if m.grouped else grouped(emit, query, m.k, m.v)
         d = shape_of(query)[-1]
-        scale = 1.0 if m.scale is None else float(m.scale)
+        scale = 1.0 if m.scale is None else float(guarded_number(m.scale) or 0.0)
         if m.scale is None and isinstance(d, int):
             scale = 1.0 / math.sqrt(d)
         elif m.scale is None:

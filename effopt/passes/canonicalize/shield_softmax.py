@@ -53,7 +53,7 @@ class ShieldSoftmax(Rewrite):
     def anchors(self, pattern: Any) -> tuple[Any, ...]:
         return (_aten.softmax.int,)
 
-    def pattern(self, op: OpBuilder, x: Any, dim: Any, dtype: Any) -> Any:  # type: ignore[override]
+    def pattern(self, op: OpBuilder, x: Any, dim: Any, dtype: Any) -> Any:
         return any_of(op.softmax(tensor(x), dim, dtype), op._softmax(tensor(x), dim, dtype))
 
     def legal(self, m: Match) -> None:

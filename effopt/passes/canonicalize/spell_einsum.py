@@ -37,7 +37,7 @@ class SpellEinsum(Rewrite):
     def anchors(self, pattern: Any) -> tuple[Any, ...]:
         return (_aten.einsum.default,)
 
-    def pattern(self, op: OpBuilder, equation: Any, a: Any, b: Any) -> Any:  # type: ignore[override]
+    def pattern(self, op: OpBuilder, equation: Any, a: Any, b: Any) -> Any:
         return op.einsum(equation, [tensor(a), tensor(b)], path=ANY)
 
     def legal(self, m: Match) -> None:

@@ -32,7 +32,7 @@ class SpellSoftmax(Rewrite):
     name: ClassVar[str] = "spell-softmax"
     stage: ClassVar[Stage] = Stage.CANONICALIZE
 
-    def pattern(self, op: OpBuilder, x: Any, dim: Any, dims: Any) -> Any:  # type: ignore[override]
+    def pattern(self, op: OpBuilder, x: Any, dim: Any, dims: Any) -> Any:
         x = tensor(x)
         plain = any_of(op.getitem(op.max(x, dim, True), 0), op.amax(x, dims, True))
         detached = any_of(

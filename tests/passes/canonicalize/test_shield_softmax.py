@@ -41,7 +41,7 @@ def over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def test_softmax_over_queries_and_heads() -> None:
-    """peers 0.2, pytorch/pytorch#196468: an error of 1.4 under plain Inductor 2.13. With gradients."""
+    """An error (pytorch/pytorch#196468) of 1.4 under plain Inductor 2.13. With gradients."""
 
     def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return over_queries(q, k, v), over_heads(q, k, v)
@@ -60,7 +60,7 @@ def test_softmax_over_queries_and_heads() -> None:
 
 
 def test_permuted_key_stays_right() -> None:
-    """peers 0.1, pytorch/pytorch#195320: an error of 0.5 under plain Inductor 2.13."""
+    """An error (pytorch/pytorch#195320) of 0.5 under plain Inductor 2.13."""
 
     def permuted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ k.permute(0, 2, 3, 1) / 5.0).softmax(dim=-1) @ v
@@ -73,7 +73,7 @@ def test_permuted_key_stays_right() -> None:
 
 @pytest.mark.parametrize("lowering", ["auto", "reference"])
 def test_row_that_sees_no_key_stays_nan(lowering: str) -> None:
-    """peers 0.3: softmax gives NaN where scaled_dot_product_attention gives 0."""
+    """Softmax gives NaN where scaled_dot_product_attention gives 0."""
 
     def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return (q @ k.transpose(-2, -1) / 5.0 + mask).softmax(dim=-1) @ v
