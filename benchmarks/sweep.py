@@ -48,7 +48,9 @@ class Row:
     def is_good(self) -> bool:
         """One graph for each of Dynamo's, none refused, equal results."""
         equal = self.output_error <= 2e-5 and not self.gradient_error > 1e-3
-        return equal and not self.failure and len(self.report.graphs) == self.plain_graphs and not self.refused
+        return (
+            equal and not self.failure and len(self.report.graphs) == self.plain_graphs and not self.refused
+        )
 
     @property
     def refused(self) -> list[str]:
@@ -61,7 +63,8 @@ class Row:
         nodes = sum(g.nodes_before for g in graphs)
         text = (
             f"{'ok  ' if self.is_good else 'FAIL'} {self.name:14} {self.mode:9} {self.pipeline:8} "
-            f"graphs {len(graphs)}/{self.plain_graphs} nodes {nodes:5} attention {self.report.ops['attention']} "
+            f"graphs {len(graphs)}/{self.plain_graphs} nodes {nodes:5} "
+            f"attention {self.report.ops['attention']} "
             f"capture {seconds:5.2f}s {1e3 * seconds / max(nodes, 1):4.1f} ms/node "
             f"error {self.output_error:.1e} grad {self.gradient_error:.1e}"
         )

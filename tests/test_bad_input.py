@@ -1,4 +1,4 @@
-"""What is wrong with a call is said in the error; what cannot be rewritten runs unchanged, with the reason."""
+"""What is wrong with a call is said in the error; what cannot be rewritten runs unchanged, and why."""
 
 from __future__ import annotations
 
@@ -107,7 +107,10 @@ def test_input_that_is_refused_runs_unchanged(make: Callable[[], tuple[Any, ...]
     expected = double(*make())
     assert type(got) is type(expected)
     assert got.layout == expected.layout
-    torch.testing.assert_close(torch.Tensor(got.to_dense()) if got.is_sparse else got, expected.to_dense() if expected.is_sparse else expected)
+    torch.testing.assert_close(
+        torch.Tensor(got.to_dense()) if got.is_sparse else got,
+        expected.to_dense() if expected.is_sparse else expected,
+    )
     for graph in report.graphs:
         assert "subclass" in graph.refused or "layout" in graph.refused
 

@@ -71,6 +71,8 @@ def _barriers(graph: Graph, written: Sequence[Any]) -> list[Node]:
             found.append(node)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             found.append(node)
+        elif node.target is _aten.lift_fresh_copy.default:
+            found.append(node)  # reads a real tensor kept in the graph, which a subgraph may not be given
         elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             found.append(node)
     return found

@@ -188,7 +188,8 @@ def _cast(node: Node, operand: Node, dtype: torch.dtype, shared: _Casts) -> Node
         return shared.made[operand, dtype]
     with node.graph.inserting_before(node):
         made = node.graph.call_function(_aten._to_copy.default, (operand,), {"dtype": dtype})
-    made.meta.update({k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace", "no_grad")})
+    kept = ("nn_module_stack", "stack_trace", "no_grad")
+    made.meta.update({k: v for k, v in node.meta.items() if k in kept})
     with in_state(()):
         made.meta["val"] = fake_call(_aten._to_copy.default, (operand,), {"dtype": dtype})
     # One cast has one gradient, summed in its own dtype, as with the cache of autocast.
@@ -206,7 +207,7 @@ class _Watched(TorchDispatchMode):
     casts: dict[Node, torch.dtype] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None

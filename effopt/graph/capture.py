@@ -105,8 +105,8 @@ def _export(
             text = str(error).strip()
             if "aliased inputs that are mutated" in text:
                 raise CaptureRefused(_SHARED) from error
-            first_line = text.split("\n")[0]
-            raise CaptureRefused(f"functional capture failed: {type(error).__name__}: {first_line}") from error
+            said = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+            raise CaptureRefused(f"functional capture failed: {said}") from error
     if not isinstance(exported, GraphModule):
         raise CaptureRefused("functional capture gave no graph")
     return exported, signature, calls
@@ -192,7 +192,9 @@ def _refuse_inputs(inputs: Sequence[Any]) -> None:
         if not plain:
             raise CaptureRefused(f"input {position} is a tensor subclass, {type(value).__name__}")
         if value.layout != torch.strided:
-            raise CaptureRefused(f"input {position} has layout {value.layout}; only strided tensors are rewritten")
+            raise CaptureRefused(
+                f"input {position} has layout {value.layout}; only strided tensors are rewritten"
+            )
         if value.is_quantized:
             raise CaptureRefused(f"input {position} is a quantized tensor")
 
@@ -235,7 +237,7 @@ def _keep_identity(original: GraphModule, exported: GraphModule) -> None:
     )
     for old, new in pairs:
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
         for key in ("tensor_dict", "example_value", "steal_arg", "grapharg"):
             if key in old.meta:
                 new.meta[key] = old.meta[key]

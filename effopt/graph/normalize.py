@@ -94,7 +94,7 @@ def drop_bookkeeping(module: GraphModule, training: bool) -> None:
 
 
 def _spell_copy(module: GraphModule, node: Node) -> None:
-    """Functional `copy(into, source)` is `source` in the dtype and shape of `into`; copy has no derivative."""
+    """Functional `copy(into, source)` is `source` in dtype and shape of `into`; copy has no derivative."""
     into, source = val(node.args[0]), node.args[1]
     sizes = list(into.shape)
     is_expanded = list(val(source).shape) != sizes

@@ -33,12 +33,15 @@ _results: dict[int, list[Tensor]] = {}
 _STATISTICS = {torch.nn.functional.batch_norm: 5, torch.nn.functional.instance_norm: 5}
 """Functions that write running statistics when asked to use those of the batch; position of that argument."""
 
+_IN_PLACE_OPERATORS = {
+    getattr(operator, f"i{name}")
+    for name in "add and concat floordiv lshift matmul mod mul or pow rshift sub truediv xor".split()
+} | {operator.setitem, operator.delitem}
 
-@torch.library.register_fake("effopt_capture::set_aside", lib=_library)
+
+@torch.library.register_fake("effopt_capture::set_aside", lib=_library)  # type: ignore[untyped-decorator]
 def _(tensors: Sequence[Tensor], sizes: Sequence[Any], key: int) -> list[Tensor]:
-    return [
-        torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in _results[key]
-    ]
+    return [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in _results[key]]
 
 
 @dataclass
@@ -95,10 +98,8 @@ def put_back(module: GraphModule, calls: dict[int, Call]) -> None:
     for node in graph.find_nodes(op="call_function", target=_SET_ASIDE):
         tensors, sizes, key = node.args
         call = calls[key]
-        leaves = []
         with graph.inserting_before(node):
-            for leaf in call.leaves:
-                leaves.append(_filled(module, call, leaf, tensors, sizes))
+            leaves = [_filled(module, call, leaf, tensors, sizes) for leaf in call.leaves]
             args, kwargs = pytree.tree_unflatten(leaves, call.spec)
             made = graph.call_function(call.target, args, kwargs)
         made.meta.update(call.meta)
@@ -135,7 +136,11 @@ def _move_uses(old: Node, new: Node, is_tuple: bool) -> None:
 def _fake_results(node: Node) -> list[Tensor]:
     example = node.meta.get("example_value")
     results = [example] if isinstance(example, Tensor) else example
-    if not isinstance(results, (tuple, list)) or not all(isinstance(r, Tensor) for r in results) or not results:
+    if (
+        not isinstance(results, (tuple, list))
+        or not all(isinstance(r, Tensor) for r in results)
+        or not results
+    ):
         raise CaptureRefused(f"{node.target} returns something other than tensors")
     return list(results)
 
@@ -206,6 +211,7 @@ def _writes(node: Node) -> bool:
         return bool(node.args[position] if len(node.args) > position else node.kwargs.get("training", True))
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
+    if target in _IN_PLACE_OPERATORS:
+        return True
     name = getattr(target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("setitem", "delitem") or (target is getattr(operator, name, None) and name[:1] == "i" and name not in ("inv", "invert", "index", "is_", "is_not", "itemgetter", "indexOf"))
+    return name.endswith("_") and not name.endswith("__")

@@ -62,7 +62,8 @@ def _keep_apart(captured: Captured) -> None:
     for index, (was, is_) in enumerate(zip(captured.outputs, now, strict=True)):
         if was.kind in ("input", "written") and (was.kind, was.owner) != (is_.kind, is_.owner):
             raise InvalidGraphError(
-                f"output {index} was a view of input {was.owner}, and after the passes is not ({values[count + index]})"
+                f"output {index} was a view of input {was.owner}, and after the passes is not "
+                f"({values[count + index]})"
             )
         if was.kind == "fresh" and (is_.kind, is_.owner) != ("fresh", was.owner):
             values[count + index] = _clone(graph, output, values[count + index])

@@ -22,7 +22,7 @@ def storage(value: torch.Tensor) -> int | None:
 
 
 def aliases(outputs: Sequence[Any], inputs: Sequence[Any]) -> list[tuple[int, ...]]:
-    """For each output, the inputs and the earlier outputs (numbered after the inputs) that share its memory."""
+    """For each output, the inputs and earlier outputs (numbered after the inputs) that share its memory."""
     everything = [*inputs, *outputs]
     found = []
     for i, out in enumerate(outputs):
@@ -31,7 +31,9 @@ def aliases(outputs: Sequence[Any], inputs: Sequence[Any]) -> list[tuple[int, ..
             tuple(
                 j
                 for j, other in enumerate(before)
-                if isinstance(out, torch.Tensor) and isinstance(other, torch.Tensor) and storage(out) == storage(other)
+                if isinstance(out, torch.Tensor)
+                and isinstance(other, torch.Tensor)
+                and storage(out) == storage(other)
             )
         )
     return found
@@ -63,7 +65,9 @@ def gradients(outputs: Sequence[Any], leaves: Sequence[torch.Tensor]) -> list[to
     total: Any = 0
     for i, out in enumerate(outputs):
         if isinstance(out, torch.Tensor) and out.requires_grad:
-            total = total + (out.float() * torch.linspace(0.5, 1.5, out.numel()).reshape(out.shape)).sum() * (i + 1)
+            total = total + (out.float() * torch.linspace(0.5, 1.5, out.numel()).reshape(out.shape)).sum() * (
+                i + 1
+            )
     if not isinstance(total, torch.Tensor):
         return []
     return list(torch.autograd.grad(total, leaves, allow_unused=True))

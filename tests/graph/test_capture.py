@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.graph.capture_cases import compare
 from torch import nn
 from torch.nn import functional as F
+
+from tests.graph.capture_cases import compare
 
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
@@ -296,7 +297,12 @@ def test_batch_norm_statistics(training: bool) -> None:
 def aliased(how: str) -> Callable[[], tuple[Any, ...]]:
     def inputs() -> tuple[Any, ...]:
         base = torch.arange(12.0).reshape(4, 3)
-        other = {"same": base, "view": base.view(4, 3), "overlap": base.view(-1)[:12].view(4, 3), "separate": base + 1}
+        other = {
+            "same": base,
+            "view": base.view(4, 3),
+            "overlap": base.view(-1)[:12].view(4, 3),
+            "separate": base + 1,
+        }
         return base, other[how]
 
     return inputs

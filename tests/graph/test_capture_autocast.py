@@ -64,7 +64,9 @@ class Regions(nn.Module):
         return weights @ q
 
     def norm_and_loss(self, x):
-        return F.mse_loss(self.norm(self.first(x)), torch.ones(4, 8)), F.cross_entropy(self.first(x), x.argmax(-1))
+        return F.mse_loss(self.norm(self.first(x)), torch.ones(4, 8)), F.cross_entropy(
+            self.first(x), x.argmax(-1)
+        )
 
     def convolution(self, x):
         return F.conv1d(x[None], self.first.weight[:4, :4, None])
@@ -106,7 +108,9 @@ class Regions(nn.Module):
         return y + self.first(x)
 
 
-BODIES = [name for name, value in vars(Regions).items() if callable(value) and name[0] != "_" and name != "forward"]
+BODIES = [
+    name for name, value in vars(Regions).items() if callable(value) and name[0] != "_" and name != "forward"
+]
 
 
 @pytest.mark.parametrize("around", [half, half_without_gradients, torch.enable_grad, torch.no_grad])

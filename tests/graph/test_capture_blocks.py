@@ -24,11 +24,15 @@ def listing(captured: Captured) -> list[Any]:
         arguments = map_arg((node.args, node.kwargs), lambda operand: f"%{position[operand]}")
         target = "" if node.op in ("placeholder", "get_attr") else str(node.target)
         stack = list((node.meta.get("nn_module_stack") or {}).values())
-        lines.append((node.op, target, repr(arguments), str(node.meta.get("val")), stack, node.meta.get("stack_trace")))
+        lines.append(
+            (node.op, target, repr(arguments), str(node.meta.get("val")), stack, node.meta.get("stack_trace"))
+        )
     return [*lines, captured.mutated, captured.outputs]
 
 
-def both_ways(function: Callable[..., Any], *inputs: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, bool]:
+def both_ways(
+    function: Callable[..., Any], *inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, Any, bool]:
     """The listing with blocks traced once, the listing of the whole trace, and whether blocks were used."""
     found: list[Any] = []
     used: list[bool] = []

@@ -1,4 +1,4 @@
-"""Higher-order operators, custom ops, gradient modes and graph breaks: left alone, or refused with a reason."""
+"""Higher-order operators, custom ops, gradient modes, graph breaks: left alone, or refused with a reason."""
 
 from __future__ import annotations
 

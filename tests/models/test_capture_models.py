@@ -1,4 +1,4 @@
-"""Capture of the twelve architectures: nothing refused, Dynamo's number of graphs, eager's values and gradients."""
+"""Capture of the twelve architectures: nothing refused, Dynamo's graphs, eager's values and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy `generate` with a compiled forward: eager's tokens, Inductor's number of graphs, no copied caches."""
+"""Greedy `generate` with a compiled forward: eager's tokens, Inductor's graphs, no copied caches."""
 
 from __future__ import annotations
 
