@@ -67,8 +67,8 @@ def sdpa(
 def _mask_for_kernel(bias: Optional[Tensor], mask: Optional[Tensor]) -> Optional[Tensor]:
     """Mask and bias as the one operand that the kernel takes.
 
-    Masked scores are -inf, whatever `fill` is: rows without a key are given theirs afterwards. The CPU kernel's
-    backward is wrong for rows of the least finite number (it recomputes weights of 1, not 1/s; torch 2.13).
+    Masked scores are -inf, whatever `fill` is: rows without a key are given theirs afterwards. The CPU
+    kernel's backward is wrong for rows of the least finite number (it recomputes weights of 1, not 1/s; torch 2.13).
     """
     if mask is None:
         return bias
@@ -82,7 +82,7 @@ def _absorbs(fill: float, dtype: torch.dtype) -> bool:
 def _restore_blind_rows(
     out: Tensor, value: Tensor, bias: Optional[Tensor], mask: Optional[Tensor], fill: Optional[float]
 ) -> Tensor:
-    """Give rows that see no key what softmax gives: NaN for -inf, the mean of the values for a finite fill."""
+    """Give rows that see no key what softmax gives: NaN for -inf, the mean of the values for a finite one."""
     infinite = fill is None or fill == -math.inf
     if mask is not None and not infinite:
         mean = value.mean(dim=-2, keepdim=True)
@@ -111,6 +111,19 @@ def _four_dimensional(x: Tensor, rank: int, is_mask: bool = False) -> Tensor:
 
 
 def _supports(target: Target, operands: Operands) -> str | None:
+    """For training: what `_supports_forward` takes, less a bias that may leave a row to its lowest number."""
+    if operands["bias"] is not None and not operands["zero_masked_rows"]:
+        return "a bias: the kernel gives it no gradient, and a wrong one to rows that it hides with a finite number"
+    return _supports_forward(target, operands)
+
+
+def _supports_bias(target: Target, operands: Operands) -> str | None:
+    if operands["bias"] is None or operands["zero_masked_rows"]:
+        return "there is no bias to be careful with; `sdpa` is the same kernel, with gradients"
+    return _supports_forward(target, operands)
+
+
+def _supports_forward(target: Target, operands: Operands) -> str | None:
     query, key, value = operands["query"], operands["key"], operands["value"]
     bias, mask, fill = operands["bias"], operands["mask"], operands["fill"]
     if operands["softcap"]:
@@ -125,24 +138,23 @@ def _supports(target: Target, operands: Operands) -> str | None:
 
 
 def _refuses_mask(dtype: torch.dtype, bias: Any, mask: Any, fill: float | None) -> str | None:
-    finite = mask is not None and fill is not None and math.isfinite(fill)
-    if finite and fill > _UNREACHED and not _absorbs(fill, dtype):
+    if mask is None or fill is None or not math.isfinite(fill):
+        return None
+    if fill > _UNREACHED and not _absorbs(fill, dtype):
         return f"masked scores become {fill:g}, which is not far below every score; fill with -inf"
-    if finite and bias is not None and not _absorbs(fill, dtype):
+    if bias is not None and not _absorbs(fill, dtype):
         return f"a bias, and a mask that fills with {fill:g}; fill with -inf"
     return None
 
 
 def _misses_kernel(target: Target, operands: Operands, query: Any, key: Any, value: Any) -> str | None:
-    """Why only the composite of scaled_dot_product_attention would run, which is slower than the reference."""
+    """Why only the composite of scaled_dot_product_attention would run, slower than the reference."""
     bias = operands["bias"]
     if target.device_type == "cpu":
         if operands["dropout_p"]:
             return "the CPU kernel has no dropout"
         if not statically_known_true(query.shape[-1] == value.shape[-1]):
             return f"the CPU kernel wants equal head sizes, got {query.shape[-1]} and {value.shape[-1]}"
-        if bias is not None and bias.requires_grad:
-            return "the CPU kernel gives no gradient for a bias"
     elif bias is not None and bias.dtype != query.dtype:
         return f"the bias is {bias.dtype} and the query {query.dtype}; the kernel wants one dtype"
     return None
@@ -155,4 +167,7 @@ def _cost(target: Target, operands: Operands, result: Any) -> float:
     )
 
 
-LOWERINGS: tuple[Lowering, ...] = (Lowering(ops.attention, "sdpa", sdpa, _supports, _cost),)
+LOWERINGS: tuple[Lowering, ...] = (
+    Lowering(ops.attention, "sdpa", sdpa, _supports, _cost),
+    Lowering(ops.attention, "sdpa-with-bias", sdpa, _supports_bias, _cost, differentiable=False),
+)

@@ -69,7 +69,7 @@ def _stored(node: Node) -> int | float | None:
 
 
 def guarded_number(value: Any) -> int | float | None:
-    """`constant_number`, or the present value of a symbolic one, which the graph is from then on compiled for.
+    """`constant_number`, or the present value of a symbolic one, which the graph is then compiled for.
 
     With `dynamic=True` a model's float attributes are symbols. Reading one adds a guard: when it changes,
     the graph is compiled anew. Ask only for numbers that must be known, after everything else matched.

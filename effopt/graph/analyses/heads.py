@@ -72,10 +72,10 @@ def unrepeated(node: Node) -> Node:
         dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
         return node.args[0] if dim in (1, -3) else node  # type: ignore[return-value]
     if node.target is _aten.expand.default:
-        source = node.args[0]
-        return (
-            source if len(shape_of(source)) == 4 and equal(shape_of(source)[:1], shape_of(node)[:1]) else node
-        )  # type: ignore[return-value]
+        source, own = node.args[0], shape_of(node)
+        sizes = shape_of(source)
+        only_heads = len(sizes) == 4 and equal((sizes[0], *sizes[2:]), (own[0], *own[2:]))
+        return source if isinstance(source, Node) and only_heads else node
     if node.target not in VIEWS:
         return node
     wide = _without_copy(node.args[0])

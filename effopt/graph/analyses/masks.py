@@ -56,7 +56,7 @@ class Band:
 
 
 def is_causal(mask: Node) -> bool:
-    """Whether a boolean mask is True, or a bias 0, exactly where key <= query, and the bias masks elsewhere."""
+    """Whether a boolean mask is True, or a bias 0, exactly where key <= query, and the bias masks the rest."""
     band = band_of(mask)
     if band is not None:
         return band == Band(high=0)
@@ -111,7 +111,7 @@ def lower_bound(node: Any, depth: int = 12) -> float:
 
 
 def band_of(node: Any, depth: int = 24) -> Band | None:
-    """The band that a boolean mask is, or that a bias of 0 and masking numbers leaves open; None if unknown."""
+    """The band that a boolean mask is, or that a bias of 0 and masking numbers leaves open; else None."""
     if not isinstance(node, Node) or node.op != "call_function" or depth == 0:
         return None
     args = node.args
@@ -142,7 +142,7 @@ def _negated(band: Band | None) -> Band | None:
 
 
 def _chosen(band: Band | None, if_true: Any, if_false: Any) -> Band | None:
-    """The open part of `where(band, if_true, if_false)` with 0 on one side and a masking number on the other."""
+    """The open part of `where(band, if_true, if_false)`: 0 on one side, a masking number on the other."""
     yes, no = constant_number(if_true), constant_number(if_false)
     if yes is None or no is None:
         return None
@@ -175,7 +175,7 @@ def _keeps_matrix(node: Node) -> bool:
 
 def _compared(node: Node) -> Band | None:
     """`rows + r <= columns + c` and its like, as a band."""
-    sign, strict = _COMPARE[node.target]
+    sign, strict = _COMPARE[node.target]  # type: ignore[index]
     sides = [_index(a) for a in node.args[:2]]
     if sides[0] is None or sides[1] is None or {sides[0][0], sides[1][0]} != {1, 2}:
         return None
@@ -254,7 +254,7 @@ def _literal(node: Node) -> torch.Tensor | None:
 
 
 def _ancestors(node: Node) -> list[Node] | None:
-    """Everything that `node` is computed from, in order; None if that holds an input, randomness or large tensors."""
+    """What `node` is computed from, in order; None if that holds an input, randomness or large tensors."""
     found: dict[Node, None] = {}
     waiting = [node]
     while waiting:

@@ -280,7 +280,7 @@ def _full(sizes: Shape, frame: Shape, lead: Shape, where: Node) -> Shape:
 
 
 def is_row_maximum(node: Any, of: Any) -> bool:
-    """Whether `node` is the maximum of `of` over its last dimension, kept: softmax does not see it subtracted."""
+    """Whether `node` is the maximum of `of` over its last dimension: softmax does not see it subtracted."""
     while isinstance(node, Node) and node.target in (_aten.detach.default, _aten._to_copy.default):
         node = node.args[0]
     if isinstance(node, Node) and "getitem" in str(node.target) and node.args[1] == 0:
