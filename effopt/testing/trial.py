@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -94,12 +95,15 @@ def capture_example(
 
 @contextmanager
 def without_torch_messages() -> Iterator[None]:
-    """Keep fake tensors from logging a traceback for each graph that is tried and cannot run."""
+    """Keep torch from logging each graph that cannot run, and from warning of effopt's own ops."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was = logger.disabled
     logger.disabled = True
     try:
-        yield
+        with warnings.catch_warnings():
+            # Canonical ops stay whole in normal form: that is what is wanted.
+            warnings.filterwarnings("ignore", "At pre-dispatch tracing", UserWarning)
+            yield
     finally:
         logger.disabled = was
 

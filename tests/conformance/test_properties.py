@@ -118,4 +118,5 @@ def test_matching_is_brute_force_isomorphism(graph: Graph, pattern: Any) -> None
         bound = {
             tuple(v if n in names else None for n, v in zip("xy", pair, strict=True)) for pair in expected
         }
-        assert found == (bound if found else set()) and bool(found) == bool(expected)
+        assert bool(found) == bool(expected)
+        assert found == (bound if found else set())
