@@ -51,15 +51,19 @@ def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[
     written = [n.args[1] for n in graph.find_nodes(op="call_function", target=_aten.copy_.default)]
     barriers = frozenset(_barriers(graph, written))
     _hoist_attributes(graph)
+    _hoist_views(graph)
+    _complete_results(graph)
     carrying = differentiable(module, inputs) if training else frozenset()
     done: list[Outlined] = []
     for run in blocks(graph, barriers, carrying).runs:
         made = _outline_run(module, run, f"block_{len(done)}", carrying)
         if made is not None:
             done.append(made)
-    if done:
-        graph.lint()
-        module.recompile()
+    for node in graph.find_nodes(op="call_function", target=operator.getitem):
+        if not node.users:
+            graph.erase_node(node)
+    graph.lint()
+    module.recompile()
     return done
 
 
@@ -108,6 +112,41 @@ def _hoist_attributes(graph: Graph) -> None:
     for node in graph.find_nodes(op="get_attr"):
         if anchor is not node and anchor < node:
             anchor.prepend(node)
+
+
+def _hoist_views(graph: Graph) -> None:
+    """Views go to where the viewed value is made.
+
+    A view that all layers share (`cos.unsqueeze(1)`) is written in the first layer, which would then
+    differ from the others. Views of inputs stay: each layer has its own weights.
+    """
+    latest: dict[Node, Node] = {}
+    for node in list(graph.nodes):
+        if not is_view(node) or node.args[0].op != "call_function" or len(node.all_input_nodes) != 1:
+            continue
+        base = node.args[0]
+        after = latest.get(base, base)
+        if after.next is not node:
+            after.append(node)
+        latest[base] = node
+
+
+def _complete_results(graph: Graph) -> None:
+    """Every result of a call is taken, in order: a last layer that needs fewer is equal all the same."""
+    for node in list(graph.nodes):
+        value = val(node)
+        if node.op != "call_function" or not isinstance(value, (tuple, list)):
+            continue
+        taken = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+        last = node
+        for index in range(len(value)):
+            if index not in taken:
+                with graph.inserting_after(last):
+                    taken[index] = graph.call_function(operator.getitem, (node, index))
+                taken[index].meta.update({**node.meta, "val": value[index]})
+            elif last.next is not taken[index]:
+                last.append(taken[index])
+            last = taken[index]
 
 
 def _outline_run(module: GraphModule, run: Run, name: str, carrying: frozenset[Node]) -> Outlined | None:

@@ -1,0 +1,121 @@
+"""Cold compile time of a deep Llama: effopt, Inductor, and Inductor with Dynamo's graph deduplication.
+
+    python benchmarks/compile_time.py --layers 24
+    python benchmarks/compile_time.py --layers 12 --train
+
+Each measurement is a process of its own with empty caches; the ways take turns, so that a machine
+that slows down slows all of them down. Compile time is the first call (with --train: forward and
+backward) less one later call. `error` compares logits, `gradient error` parameter gradients, with
+eager, each relative to the largest value; a way that is fast and wrong is shown as wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WAYS = ("inductor", "deduplicated", "effopt")
+
+
+def measure(way: str, layers: int, hidden: int, tokens: int, train: bool) -> dict[str, Any]:
+    """Compile once in this process and compare with eager."""
+    import torch
+
+    from effopt.bench import relative_error
+    from effopt.commands.model import Size, load
+    from effopt.compile import effopt, record
+
+    example = load("llama", Size(layers=layers, hidden=hidden, heads=8, tokens=tokens))
+    torch._dynamo.config.use_graph_deduplication = way == "deduplicated"
+    run = torch.compile(example.model, backend=effopt if way == "effopt" else "inductor")
+    parameters = list(example.model.parameters())
+
+    def step(function: Any) -> tuple[Any, Any]:
+        logits = function(*example.args, **example.kwargs).logits
+        target = torch.sin(torch.arange(logits.numel(), dtype=logits.dtype)).view_as(logits)
+        return logits, torch.autograd.grad((logits * target).sum(), parameters) if train else ()
+
+    with torch.set_grad_enabled(train), record() as report:
+        warm_up(torch)
+        start = time.perf_counter()
+        got = step(run)
+        first_s = time.perf_counter() - start
+        start = time.perf_counter()
+        step(run)
+        later_s = time.perf_counter() - start
+        wanted = step(example.model)
+    stages = report.graphs[0].seconds if report.graphs else {}
+    return {
+        "way": way,
+        "compile_s": first_s - later_s,
+        "error": relative_error(got[0], wanted[0]),
+        "gradient_error": max((relative_error(a, b) for a, b in zip(got[1], wanted[1], strict=True)), default=0.0),
+        "stages_s": stages,
+        "nodes": report.graphs[0].nodes_before if report.graphs else 0,
+    }
+
+
+def warm_up(torch: Any) -> None:
+    """Pay for imports and the compiler's start once, outside the measurement, for every way alike."""
+    layer = torch.nn.Linear(4, 4)
+    torch.compile(layer, backend="inductor")(torch.ones(2, 4)).sum()
+    torch._dynamo.reset()
+
+
+def in_a_process(arguments: argparse.Namespace, way: str) -> dict[str, Any]:
+    """`measure` in a process with empty caches."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"}
+        command = [sys.executable, __file__, "--way", way, *sys.argv[1:]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    """Print the table, and write it as JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        shape = (arguments.layers, arguments.hidden, arguments.tokens, arguments.train)
+        print(json.dumps(measure(arguments.way, *shape)))
+        return
+    measured: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for _ in range(arguments.rounds):
+        for way in WAYS:
+            measured[way].append(in_a_process(arguments, way))
+    baseline = statistics.median(m["compile_s"] for m in measured["inductor"])
+    print(f"Llama, {arguments.layers} layers, hidden {arguments.hidden}, {'training' if arguments.train else 'inference'}")
+    print(f"{'way':<14}{'compile s':>10}{'low':>8}{'high':>8}{'of Inductor':>13}{'error':>10}{'gradient error':>16}")
+    for way, runs in measured.items():
+        times = [m["compile_s"] for m in runs]
+        median = statistics.median(times)
+        error, gradient = max(m["error"] for m in runs), max(m["gradient_error"] for m in runs)
+        shown = f"{gradient:.1e}" if arguments.train else "-"
+        print(
+            f"{way:<14}{median:>10.1f}{min(times):>8.1f}{max(times):>8.1f}{median / baseline:>13.2f}{error:>10.1e}{shown:>16}"
+        )
+    stages = measured["effopt"][-1]["stages_s"]
+    print("effopt stages, s: " + ", ".join(f"{k} {v:.2f}" for k, v in stages.items() if v >= 0.05))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
