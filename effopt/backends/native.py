@@ -9,7 +9,7 @@ key, where softmax gives NaN.
 from __future__ import annotations
 
 import math
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +33,12 @@ def sdpa(
     value: Tensor,
     *,
     scale: float,
-    bias: Optional[Tensor] = None,
-    mask: Optional[Tensor] = None,
-    fill: Optional[float] = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    fill: float | None = None,
     is_causal: bool = False,
     softcap: float = 0.0,
-    sinks: Optional[Tensor] = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     zero_masked_rows: bool = False,
     rows_see_key: bool = False,
@@ -64,11 +64,12 @@ def sdpa(
     return _restore_blind_rows(out, value, bias, mask, fill)
 
 
-def _mask_for_kernel(bias: Optional[Tensor], mask: Optional[Tensor]) -> Optional[Tensor]:
+def _mask_for_kernel(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """Mask and bias as the one operand that the kernel takes.
 
     Masked scores are -inf, whatever `fill` is: rows without a key are given theirs afterwards. The CPU
-    kernel's backward is wrong for rows of the least finite number (it recomputes weights of 1, not 1/s; torch 2.13).
+    kernel's backward is wrong for rows of the least finite number: it recomputes weights of 1, not 1/s
+    (torch 2.13).
     """
     if mask is None:
         return bias
@@ -80,7 +81,7 @@ def _absorbs(fill: float, dtype: torch.dtype) -> bool:
 
 
 def _restore_blind_rows(
-    out: Tensor, value: Tensor, bias: Optional[Tensor], mask: Optional[Tensor], fill: Optional[float]
+    out: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, fill: float | None
 ) -> Tensor:
     """Give rows that see no key what softmax gives: NaN for -inf, the mean of the values for a finite one."""
     infinite = fill is None or fill == -math.inf
@@ -113,7 +114,7 @@ def _four_dimensional(x: Tensor, rank: int, is_mask: bool = False) -> Tensor:
 def _supports(target: Target, operands: Operands) -> str | None:
     """For training: what `_supports_forward` takes, less a bias that may leave a row to its lowest number."""
     if operands["bias"] is not None and not operands["zero_masked_rows"]:
-        return "a bias: the kernel gives it no gradient, and a wrong one to rows that it hides with a finite number"
+        return "a bias: the kernel gives it no gradient, and a wrong one to rows that it hides"
     return _supports_forward(target, operands)
 
 

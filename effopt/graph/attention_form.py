@@ -47,22 +47,7 @@ def read(m: Match) -> AttentionForm:
         "query and key have different ranks: a shared matrix, not keys of each batch entry",
         m.product,
     )
-    frame = shape_of(m.product)[:-2]
-    require(equal(shape_of(m.query)[:-2], frame), f"the query is broadcast over {list(frame)}", m.query)
-    alpha, beta = (guarded_number(1.0 if x is None else x) for x in (m.alpha, m.beta))
-    require(
-        alpha is not None and beta is not None,
-        "the factors of baddbmm are not known when compiling",
-        m.product,
-    )
-    start = Scores(scale=float(alpha or 0.0), frame=frame, widest=frame)
-    if m.added is not None and beta:
-        require(
-            heads.broadcasts(shape_of(m.added), shape_of(m.product)),
-            "the added bias does not broadcast",
-            m.added,
-        )
-        start = Scores(start.scale, terms=(Term(m.added, float(beta)),), frame=frame, widest=frame)
+    start = _product(m)
     scores = fold(start, m.steps)
     scores = fold(scores, [s for s in m.after if s.tag not in ("dropout", "native")])
     value_rank = len(shape_of(m.value))
@@ -82,6 +67,27 @@ def read(m: Match) -> AttentionForm:
     return AttentionForm(
         m.query, m.key, m.value, scores, _dropout_p(m.after), sinks, m.softmax_kind == SAFE_SOFTMAX, m.root
     )
+
+
+def _product(m: Match) -> Scores:
+    """The formula of `query @ key^T`, before any step. Raises `Reject`."""
+    frame = shape_of(m.product)[:-2]
+    require(equal(shape_of(m.query)[:-2], frame), f"the query is broadcast over {list(frame)}", m.query)
+    alpha, beta = (guarded_number(1.0 if x is None else x) for x in (m.alpha, m.beta))
+    require(
+        alpha is not None and beta is not None,
+        "the factors of baddbmm are not known when compiling",
+        m.product,
+    )
+    start = Scores(scale=float(alpha or 0.0), frame=frame, widest=frame)
+    if m.added is not None and beta:
+        require(
+            heads.broadcasts(shape_of(m.added), shape_of(m.product)),
+            "the added bias does not broadcast",
+            m.added,
+        )
+        start = Scores(start.scale, terms=(Term(m.added, float(beta)),), frame=frame, widest=frame)
+    return start
 
 
 def _dropout_p(steps: tuple[Step, ...]) -> float:
@@ -122,7 +128,17 @@ def write(emit: Emit, form: AttentionForm) -> Node:
     key, value = grouped(emit, query, key, value)
     dtype = torch.promote_types(torch.promote_types(val(query).dtype, val(key).dtype), val(value).dtype)
     query, key, value = (_cast(emit, x, dtype) for x in (query, key, value))
-    kwargs: dict[str, Any] = {"scale": scores.scale * by_query * by_key}
+    scale = scores.scale * by_query * by_key
+    out = emit(ops.attention, query, key, value, scale=scale, **_options(emit, form, dtype))
+    if len(shape_of(out)) != len(shape_of(form.root)):
+        out = emit(_aten.reshape.default, out, [-1, _size(emit, query, -2), _size(emit, value, -1)])
+    return _cast(emit, out, val(form.root).dtype)
+
+
+def _options(emit: Emit, form: AttentionForm, dtype: torch.dtype) -> dict[str, Any]:
+    """What the op is told beside its operands and its scale."""
+    scores = form.scores
+    kwargs: dict[str, Any] = {}
     kwargs |= {"softcap": scores.softcap} if scores.softcap else {}
     kwargs |= {"bias": _bias(emit, scores.terms, dtype)} if scores.terms else {}
     kwargs |= {"mask": _mask(emit, scores.masks), "fill": scores.fill} if scores.masks else {}
@@ -131,10 +147,7 @@ def write(emit: Emit, form: AttentionForm) -> Node:
     if form.sinks is not None:
         flat = len(shape_of(form.sinks)) == 1
         kwargs["sinks"] = form.sinks if flat else emit(_aten.view.default, form.sinks, [-1])
-    out = emit(ops.attention, query, key, value, **kwargs)
-    if len(shape_of(out)) != len(shape_of(form.root)):
-        out = emit(_aten.reshape.default, out, [-1, _size(emit, query, -2), _size(emit, value, -1)])
-    return _cast(emit, out, val(form.root).dtype)
+    return kwargs
 
 
 def _key(emit: Emit, node: Node) -> tuple[Node, float]:

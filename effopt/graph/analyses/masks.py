@@ -56,7 +56,7 @@ class Band:
 
 
 def is_causal(mask: Node) -> bool:
-    """Whether a boolean mask is True, or a bias 0, exactly where key <= query, and the bias masks the rest."""
+    """Whether a boolean mask is True, or a bias 0, exactly where key <= query, and masks the rest."""
     band = band_of(mask)
     if band is not None:
         return band == Band(high=0)

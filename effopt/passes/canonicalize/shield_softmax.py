@@ -64,7 +64,7 @@ class ShieldSoftmax(Rewrite):
         require(before and after, "no matmul on both sides: Inductor does not take it for attention", m.root)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
-        # The upcast of `softmax(dtype=)` comes first; that of narrow types is inside the op, and written out here.
+        # `softmax(dtype=)` casts first; narrow types are widened inside the op, which is written out.
         result = val(m.root).dtype
         wide = torch.promote_types(torch.promote_types(val(m.x).dtype, result), torch.float32)
         x = m.x if val(m.x).dtype == wide else emit(_aten._to_copy.default, m.x, dtype=wide)
