@@ -58,7 +58,7 @@ def test_a_planted_bug_shrinks_to_its_minimal_graph() -> None:
         torch.empty(()),
         torch.empty(2, 2, dtype=torch.int64),
     ],
-    ids=str,
+    ids=["contiguous", "transposed", "expanded", "gaps", "bool", "empty", "scalar", "integers"],
 )
 def test_operands_have_the_layout(meta: Tensor) -> None:
     @settings(max_examples=10)
