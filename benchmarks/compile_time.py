@@ -57,7 +57,9 @@ def measure(way: str, layers: int, hidden: int, tokens: int, train: bool) -> dic
         "way": way,
         "compile_s": first_s - later_s,
         "error": relative_error(got[0], wanted[0]),
-        "gradient_error": max((relative_error(a, b) for a, b in zip(got[1], wanted[1], strict=True)), default=0.0),
+        "gradient_error": max(
+            (relative_error(a, b) for a, b in zip(got[1], wanted[1], strict=True)), default=0.0
+        ),
         "stages_s": stages,
         "nodes": report.graphs[0].nodes_before if report.graphs else 0,
     }
@@ -83,7 +85,9 @@ def in_a_process(arguments: argparse.Namespace, way: str) -> dict[str, Any]:
 
 def main() -> None:
     """Print the table, and write it as JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
@@ -101,16 +105,17 @@ def main() -> None:
         for way in WAYS:
             measured[way].append(in_a_process(arguments, way))
     baseline = statistics.median(m["compile_s"] for m in measured["inductor"])
-    print(f"Llama, {arguments.layers} layers, hidden {arguments.hidden}, {'training' if arguments.train else 'inference'}")
-    print(f"{'way':<14}{'compile s':>10}{'low':>8}{'high':>8}{'of Inductor':>13}{'error':>10}{'gradient error':>16}")
+    mode = "training" if arguments.train else "inference"
+    print(f"Llama, {arguments.layers} layers, hidden {arguments.hidden}, {mode}")
+    titles = f"{'way':<14}{'compile s':>10}{'low':>8}{'high':>8}{'of Inductor':>13}"
+    print(f"{titles}{'error':>10}{'gradient error':>16}")
     for way, runs in measured.items():
         times = [m["compile_s"] for m in runs]
         median = statistics.median(times)
         error, gradient = max(m["error"] for m in runs), max(m["gradient_error"] for m in runs)
         shown = f"{gradient:.1e}" if arguments.train else "-"
-        print(
-            f"{way:<14}{median:>10.1f}{min(times):>8.1f}{max(times):>8.1f}{median / baseline:>13.2f}{error:>10.1e}{shown:>16}"
-        )
+        seconds = f"{median:>10.1f}{min(times):>8.1f}{max(times):>8.1f}{median / baseline:>13.2f}"
+        print(f"{way:<14}{seconds}{error:>10.1e}{shown:>16}")
     stages = measured["effopt"][-1]["stages_s"]
     print("effopt stages, s: " + ", ".join(f"{k} {v:.2f}" for k, v in stages.items() if v >= 0.05))
     if arguments.json:

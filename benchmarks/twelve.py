@@ -51,7 +51,9 @@ def row(name: str, size: Size, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Print the table, the geometric mean and the worst ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1)
@@ -60,10 +62,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(NAMES))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    size = Size(layers=arguments.layers, hidden=arguments.hidden, batch=arguments.batch, tokens=arguments.tokens)
+    size = Size(
+        layers=arguments.layers, hidden=arguments.hidden, batch=arguments.batch, tokens=arguments.tokens
+    )
     print(f"{size}\n{machine()}")
     print(
-        f"{'':<10}{'attention':>10}{'eager ms':>10}{'inductor':>10}{'effopt':>9}{'ratio':>7}{'(quartiles)':>14}"
+        f"{'':<10}{'attention':>10}{'eager':>10}{'inductor':>10}{'effopt':>9}{'ratio':>7}{'quartiles':>14}"
         f"{'compile s':>11}{'inductor':>10}{'checks':>8}{'capture':>9}{'error':>9}"
     )
     rows = []
@@ -81,7 +85,9 @@ def main() -> None:
     print(f"geometric mean {statistics.geometric_mean(medians):.3f}, lowest {min(medians):.3f}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine(), "size": size.__dict__, "rows": rows}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"machine": machine(), "size": size.__dict__, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

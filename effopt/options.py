@@ -12,8 +12,8 @@ from effopt.errors import OptionError, unknown
 _CHOICES = {"verify": ("off", "first", "always"), "lowering": ("auto", "reference", "eager")}
 _TYPES: dict[str, tuple[type, ...]] = {
     "disable": (str, list, tuple),
-    "plans": (Mapping,),  # type: ignore[dict-item]
-    "inductor": (Mapping,),  # type: ignore[dict-item]
+    "plans": (Mapping,),
+    "inductor": (Mapping,),
     "release_weights": (bool,),
     "outline": (bool,),
     "report": (str,),
@@ -81,5 +81,7 @@ class Options:
             got = given["report"]
             raise OptionError(f"option 'report' must be a path ending in .json or .html, got {got!r}")
         if given.get("release_weights"):
-            raise OptionError("option 'release_weights' needs a pass that derives weights; none does in this version")
+            raise OptionError(
+                "option 'release_weights' needs a pass that derives weights; none does in this version"
+            )
         return Options(**given, mode=mode)

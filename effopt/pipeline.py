@@ -33,7 +33,10 @@ def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
     while position < len(text.rstrip()):
         found = _ITEM.match(text, position)
         if found is None:
-            raise OptionError(f"cannot read pipeline text at {text[position:]!r}; expected `name` or `name{{key=value,...}}`")
+            raise OptionError(
+                f"cannot read pipeline text at {text[position:]!r};"
+                " expected `name` or `name{key=value,...}`"
+            )
         items.append((found["name"], _parse_options(found["options"] or "")))
         position = found.end()
     return items
@@ -142,7 +145,8 @@ def order(passes: Sequence[Pass]) -> list[Pass]:
         for later in passes:
             if earlier.stage < later.stage and graph.has_edge(later.name, earlier.name):
                 raise PipelineError(
-                    f"{earlier.name} ({earlier.stage.name}) must come after {later.name} ({later.stage.name}), a later stage"
+                    f"{earlier.name} ({earlier.stage.name}) must come after {later.name}"
+                    f" ({later.stage.name}), a later stage"
                 )
     rank = {p.name: (p.stage, i) for i, p in enumerate(passes)}
     try:

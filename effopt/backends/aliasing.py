@@ -52,10 +52,12 @@ def _return_bases(body: GraphModule) -> None:
 
 
 def _settle(graph: Graph, call: Node, body: GraphModule) -> None:
-    items = {user.args[1]: user for user in call.users if user.target is operator.getitem}
+    items: dict[Any, Node] = {user.args[1]: user for user in call.users if user.target is operator.getitem}
     parameters = list(body.graph.find_nodes(op="placeholder"))
     # Where each value of the body is available outside: an operand, or the first result that is it.
-    outside: dict[Node, Node] = {p: a for p, a in zip(parameters, call.args[2:], strict=True) if isinstance(a, Node)}
+    outside: dict[Node, Node] = {
+        p: a for p, a in zip(parameters, call.args[2:], strict=True) if isinstance(a, Node)
+    }
     (output,) = body.graph.find_nodes(op="output")
     results = list(output.args[0])
     last = max([call, *items.values()])

@@ -60,5 +60,7 @@ def choose(
     cost, best = min(able, key=lambda entry: entry[0])
     for other_cost, other in able:
         if other is not best:
-            refused.append((other.name, f"predicted {other_cost * 1e6:.1f} us, {best.name} {cost * 1e6:.1f} us"))
+            refused.append(
+                (other.name, f"predicted {other_cost * 1e6:.1f} us, {best.name} {cost * 1e6:.1f} us")
+            )
     return Choice(best, tuple(refused))

@@ -41,7 +41,7 @@ def compile_graph(
         "unsafe_marked_cacheable_functions": marked,
         "post_grad_custom_pre_pass": _first(SettleAliases(), options.get("post_grad_custom_pre_pass")),
     }
-    return inductor.compile(module, list(inputs), options=patches)  # type: ignore[no-any-return]
+    return inductor.compile(module, list(inputs), options=patches)
 
 
 def _name_constants(module: GraphModule) -> None:

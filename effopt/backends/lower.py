@@ -49,7 +49,7 @@ def lower(
             continue
         operands = map_aggregate(op.bind(node.args, node.kwargs), val)
         candidates = lowerings[op.name] if mode == "auto" else lowerings[op.name][-1:]
-        choice = choose(candidates, target, operands, val(node), training)  # type: ignore[arg-type]
+        choice = choose(candidates, target, operands, val(node), training)
         node.target = choice.lowering.call
         done.append(Lowered(node.name, op.name, choice))
     return done

@@ -70,16 +70,18 @@ def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[
 def _barriers(graph: Graph, written: Sequence[Any]) -> list[Node]:
     """Nodes that must stay in the main graph: new values of mutated inputs, writes, foreign regions."""
     found = [n for n in written if isinstance(n, Node)]
-    for node in graph.nodes:
-        if node.op == "call_function" and not isinstance(val(node), (torch.Tensor, tuple, list)):
-            found.append(node)
-        elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            found.append(node)
-        elif node.target is _aten.lift_fresh_copy.default:
-            found.append(node)  # reads a real tensor kept in the graph, which a subgraph may not be given
-        elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            found.append(node)
+    found += [n for n in graph.nodes if n.op == "call_function" and _must_stay(n)]
     return found
+
+
+def _must_stay(node: Node) -> bool:
+    if not isinstance(val(node), (torch.Tensor, tuple, list)):
+        return True
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    if node.target is _aten.lift_fresh_copy.default:
+        return True  # reads a real tensor kept in the graph, which a subgraph may not be given
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _settle_symbols(graph: Graph) -> None:
@@ -99,7 +101,9 @@ def _settle_symbols(graph: Graph) -> None:
             graph.erase_node(node)
             continue
         known[str(size.node.expr)] = node
-        if node.op == "call_function" and all(n.op == "placeholder" or n < anchor for n in node.all_input_nodes):
+        if node.op == "call_function" and all(
+            n.op == "placeholder" or n < anchor for n in node.all_input_nodes
+        ):
             if node is anchor:
                 anchor = node.next
             else:
@@ -186,7 +190,10 @@ def _viewed(node: Node, inside: dict[Node, int]) -> Node:
 
 
 def _body(
-    instance: Sequence[Node], taken: list[list[tuple[int, int]]], returned: list[int], carrying: frozenset[Node]
+    instance: Sequence[Node],
+    taken: list[list[tuple[int, int]]],
+    returned: list[int],
+    carrying: frozenset[Node],
 ) -> GraphModule:
     graph = Graph()
     inputs: dict[Node, Node] = {}
@@ -254,6 +261,6 @@ def _retake(graph: Graph, node: Node, inside: dict[Node, int], fresh: dict[Node,
         return node
     source = _retake(graph, node.args[0], inside, fresh)  # type: ignore[arg-type]
     args = map_aggregate(node.args[1:], lambda a: a)
-    fresh[node] = graph.call_function(node.target, (source, *args), node.kwargs)  # type: ignore[arg-type,misc]
+    fresh[node] = graph.call_function(node.target, (source, *args), node.kwargs)  # type: ignore[arg-type]
     fresh[node].meta.update(node.meta)
     return fresh[node]

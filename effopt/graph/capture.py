@@ -91,9 +91,7 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> Captured:
     return Captured(exported, mutated, training, output_forms(exported, mutated))
 
 
-def _export(
-    module: GraphModule, inputs: Sequence[Any]
-) -> tuple[GraphModule, Any, dict[int, opaque.Call]]:
+def _export(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, Any, dict[int, opaque.Call]]:
     """Functional pre-dispatch trace. Dynamo's graph is left as it is: a refused graph still has to run."""
     copied = GraphModule(module, copy_graph(module.graph))
     _refuse_transforms(copied)

@@ -41,7 +41,9 @@ class _Piece:
     """Position, among the outer graph's outputs, of the first operand of the first copy."""
 
 
-def export_in_blocks(module: GraphModule, inputs: Sequence[Any], export: Export) -> tuple[GraphModule, Any] | None:
+def export_in_blocks(
+    module: GraphModule, inputs: Sequence[Any], export: Export
+) -> tuple[GraphModule, Any] | None:
     """Trace `module` with its equal blocks traced once.
 
     Args:
@@ -98,7 +100,7 @@ def _fake(node: Node) -> Any:
 def _body(
     module: GraphModule, instance: Sequence[Node], groups: list[list[tuple[int, int]]], returned: list[int]
 ) -> tuple[GraphModule, list[Any]]:
-    graph, env, fakes = Graph(), dict[Node, Node](), []
+    graph, env, fakes = Graph(), dict[Node, Node](), list[Any]()
     for i, j in (group[0] for group in groups):
         source = operands(instance[i])[j]
         fakes.append(_fake(source))
@@ -121,7 +123,7 @@ def _body(
 
 def _outer(module: GraphModule, pieces: list[_Piece]) -> tuple[GraphModule, list[Any]]:
     """The graph without the blocks: their results are inputs, their operands are outputs."""
-    graph, env, fakes = Graph(), dict[Node, Node](), []
+    graph, env, fakes = Graph(), dict[Node, Node](), list[Any]()
     inside = {n for piece in pieces for instance in piece.run.instances for n in instance}
     for node in module.graph.find_nodes(op="placeholder"):
         env[node] = graph.node_copy(node)
@@ -145,7 +147,9 @@ def _outer(module: GraphModule, pieces: list[_Piece]) -> tuple[GraphModule, list
     return GraphModule(module, graph), fakes
 
 
-def _join(module: GraphModule, outer: GraphModule, pieces: list[_Piece], inputs: int, written: int) -> GraphModule:
+def _join(
+    module: GraphModule, outer: GraphModule, pieces: list[_Piece], inputs: int, written: int
+) -> GraphModule:
     """Copy all pieces into one graph, in the order of the program."""
     joiner = _Joiner(list(module.graph.nodes), outer, pieces, inputs, written)
     (output,) = module.graph.find_nodes(op="output")
@@ -160,7 +164,7 @@ _OUTER = -1
 
 
 class _Joiner:
-    """Copies traced nodes on demand. A node is named by its piece (`_OUTER`, or a position), its copy, and itself."""
+    """Copies traced nodes on demand. A node is named by its piece (or `_OUTER`), its copy, and itself."""
 
     def __init__(
         self, program: list[Node], outer: GraphModule, pieces: list[_Piece], inputs: int, written: int

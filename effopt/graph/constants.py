@@ -36,7 +36,7 @@ def constant_number(value: Any) -> int | float | None:
     through copies, casts and expansions. Symbolic numbers are not known.
     """
     if type(value) in (int, float):
-        return value  # type: ignore[no-any-return]
+        return value
     while isinstance(value, Node):
         if value.op == "get_attr":
             return _stored(value)
@@ -44,7 +44,7 @@ def constant_number(value: Any) -> int | float | None:
             return None
         if value.target in _FILLED:
             value = value.args[_FILLED[value.target]]
-            return value if type(value) in (int, float) else None  # type: ignore[return-value]
+            return value if type(value) in (int, float) else None
         if value.target in _ZEROS:
             return 0.0
         if value.target in _ONES:
@@ -64,7 +64,7 @@ def _stored(node: Node) -> int | float | None:
     is_literal = isinstance(held, torch.Tensor) and held.dim() == 0 and "_tensor_constant" in str(node.target)
     if not is_literal or isinstance(held, torch._subclasses.FakeTensor):
         return None
-    number = held.item()  # type: ignore[union-attr]
+    number = held.item()
     return number if type(number) in (int, float) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterable
 
 import networkx as nx
@@ -59,6 +60,6 @@ def sort_topologically(graph: Graph) -> None:
                 heapq.heappush(ready, position[user])
     if len(order) != len(nodes):
         raise ValueError("the graph has a cycle")
-    for before, after in zip(order, order[1:], strict=False):
+    for before, after in itertools.pairwise(order):
         if before.next is not after:
             before.append(after)

@@ -39,7 +39,7 @@ _IN_PLACE_OPERATORS = {
 } | {operator.setitem, operator.delitem}
 
 
-@torch.library.register_fake("effopt_capture::set_aside", lib=_library)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("effopt_capture::set_aside", lib=_library)
 def _(tensors: Sequence[Tensor], sizes: Sequence[Any], key: int) -> list[Tensor]:
     return [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in _results[key]]
 

@@ -347,7 +347,9 @@ class Matcher:
         expected = dict(zip(names, pattern.args, strict=False)) | dict(pattern.kwargs)
         for name in names[len(pattern.args) :]:
             if name not in expected and not self._is_default(value, name, actual[name]):
-                self.miss.note(state, value, lambda n=name: f"{pattern.family} has {n}={_show(actual[n])}")
+                self.miss.note(
+                    state, value, functools.partial(_unexpected, pattern.family, name, actual[name])
+                )
                 return
         inside = state.visit(value)
         pairs = [(pattern_arg, actual.get(name), name) for name, pattern_arg in expected.items()]
@@ -432,3 +434,7 @@ def _show(value: Any) -> str:
             f"{value.name} ({value.target})" if value.op == "call_function" else f"{value.name} ({value.op})"
         )
     return repr(value)
+
+
+def _unexpected(family: str, name: str, value: Any) -> str:
+    return f"{family} has {name}={_show(value)}"

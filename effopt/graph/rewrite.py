@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -117,8 +117,8 @@ class Replacement:
 class Rule(Protocol):
     """What the driver needs of a rewrite; `passes.base.Rewrite` is the class to inherit."""
 
-    name: str
-    may_duplicate: bool
+    name: ClassVar[str]
+    may_duplicate: ClassVar[bool]
 
     def pattern(self, op: OpBuilder, *captures: Any) -> Any: ...
     def anchors(self, pattern: Any) -> tuple[Any, ...]: ...

@@ -142,7 +142,7 @@ class Rewrite(Pass):
         """Call targets that make a place worth a reason when nothing matched there. None by default."""
         return ()
 
-    def legal(self, m: Match) -> None:  # noqa: B027 - a pattern can be all there is to check
+    def legal(self, m: Match) -> None:
         """Facts beyond structure, one `require` a line. Raises `Reject`."""
 
     def outputs(self, m: Match) -> tuple[Node, ...]:
@@ -168,17 +168,27 @@ def _write(value: Any) -> str:
 
 
 def _check_option(pass_name: str, option: dataclasses.Field[Any], value: Any) -> None:
-    kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "tuple[int, ...]": (tuple,)}
+    kinds = {
+        "int": (int,),
+        "float": (int, float),
+        "bool": (bool,),
+        "str": (str,),
+        "tuple[int, ...]": (tuple,),
+    }
     declared = str(option.type)
     allowed = kinds.get(declared, (object,))
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed and object not in allowed):
+    if not isinstance(value, allowed) or (
+        isinstance(value, bool) and bool not in allowed and object not in allowed
+    ):
         raise OptionError(
             f"{pass_name}: option {option.name!r} must be {declared}, got {value!r} ({type(value).__name__})"
         )
     low, high = option.metadata.get("min"), option.metadata.get("max")
     choices = option.metadata.get("choices")
     if choices is not None and value not in choices:
-        raise OptionError(f"{pass_name}: option {option.name!r} must be one of {list(choices)}, got {value!r}")
+        raise OptionError(
+            f"{pass_name}: option {option.name!r} must be one of {list(choices)}, got {value!r}"
+        )
     if (low is not None and value < low) or (high is not None and value > high):
         raise OptionError(f"{pass_name}: option {option.name!r} must lie in [{low}, {high}], got {value!r}")
 

@@ -43,7 +43,7 @@ def outlined_counts(report: Any) -> list[int]:
 
 @pytest.mark.parametrize("keep", [False, True], ids=["last", "every-layer-returned-as-a-view"])
 def test_training_gradients_equal_eager(keep: bool) -> None:
-    """Saved activations that alias a block's operands must survive buffer reuse (see backends/aliasing.py)."""
+    """Saved activations that alias a block's operands must survive buffer reuse (backends/aliasing.py)."""
     torch.manual_seed(0)
     model, x = Stack(4, keep=keep), torch.randn(5, 7, 32, requires_grad=True)
     with record() as report:

@@ -116,7 +116,7 @@ def _best_run(
 
 
 def _worth(length: int, count: int) -> float:
-    """Nodes saved, less half of the block: of two ways to save as much, the smaller block leaves more to find."""
+    """Nodes saved, less half of the block: of two equal savings, the smaller block leaves more to find."""
     return (count - 1.5) * length
 
 
@@ -145,7 +145,7 @@ def _periods(sequence: Sequence[int], start: int, stop: int, smallest: int) -> l
     by_token: dict[int, list[int]] = defaultdict(list)
     for position in range(start, stop):
         by_token[sequence[position]].append(position)
-    rare = Counter(len(v) for v in by_token.values() if 1 < len(v))
+    rare = Counter(len(v) for v in by_token.values() if len(v) > 1)
     for positions in by_token.values():
         if 1 < len(positions) <= 64 and rare[len(positions)] >= smallest // 2:
             for step in (2, 3, 4):
@@ -167,7 +167,13 @@ def _matching_stretches(
 
 
 def _place(
-    nodes: Sequence[Node], position: dict[Node, int], low: int, spare: int, period: int, length: int, count: int
+    nodes: Sequence[Node],
+    position: dict[Node, int],
+    low: int,
+    spare: int,
+    period: int,
+    length: int,
+    count: int,
 ) -> tuple[int, int, int, int] | None:
     """The start, among the possible ones, with the fewest values carried over; then the proof.
 
@@ -202,7 +208,8 @@ def _splits_results(
 def _carried(nodes: Sequence[Node], position: dict[Node, int], cut: int, period: int) -> int:
     """Values made in the period before `cut` and read in the one after it, and beyond."""
     return sum(
-        any(position.get(user, -1) >= cut for user in nodes[i].users) for i in range(max(0, cut - period), cut)
+        any(position.get(user, -1) >= cut for user in nodes[i].users)
+        for i in range(max(0, cut - period), cut)
     )
 
 
@@ -241,7 +248,7 @@ def operands(node: Node) -> list[Node]:
 
 
 def operand_groups(run: Run) -> list[list[tuple[int, int]]]:
-    """What the copies read from outside, each value as the operand slots (node offset, operand offset) it fills.
+    """What the copies read from outside, each value as the slots (node offset, operand offset) it fills.
 
     Slots that hold one node in every copy are one input.
     """

@@ -104,7 +104,7 @@ def _squeezed(single: Node) -> Node | None:
 def _without_copy(node: Any) -> Node:
     while isinstance(node, Node) and node.target is _aten.clone.default:
         node = node.args[0]
-    return node  # type: ignore[no-any-return]
+    return node
 
 
 def before_merge(node: Node, lead: tuple[Any, ...]) -> Node | None:

@@ -6,7 +6,6 @@ Source: Shazeer 2020, arXiv:2002.05202, section 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
