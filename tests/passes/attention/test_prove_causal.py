@@ -45,7 +45,7 @@ NOT_CAUSAL = {
     "small bias": added(lambda n: torch.full((n, n), -5.0).triu(1)),
     "bias below the diagonal too": added(lambda n: torch.full((n, n), -INF).triu(1) + 1.0),
     "sliding window": kept(lambda n: compared(n) & (torch.arange(n) > torch.arange(n)[:, None] - 3)),
-    "random": kept(lambda n: torch.rand(n, n) < 2.0),
+    "random": kept(lambda n: torch.rand(n, n) < 0.5),
 }
 
 
@@ -62,7 +62,9 @@ def test_causal(name: str, dynamic: bool | None, compiled: Any) -> None:
 @pytest.mark.parametrize("name", NOT_CAUSAL)
 def test_not_causal(name: str, dynamic: bool | None, compiled: Any) -> None:
     q = torch.randn(2, 3, 6, 8)
+    torch.manual_seed(1)  # the random mask is drawn anew by each call, from the same state
     out, report = compiled(NOT_CAUSAL[name], q, dynamic=dynamic)
     assert report.ops["attention"] == 1, report.rejected
     assert report.counts[ProveCausal.name] == 0
+    torch.manual_seed(1)
     torch.testing.assert_close(out, NOT_CAUSAL[name](q), rtol=1e-5, atol=1e-5, equal_nan=True)
