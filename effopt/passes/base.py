@@ -19,8 +19,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from effopt.errors import OptionError, unknown
+from effopt.graph.driver import apply_rewrite
 from effopt.graph.pattern import OpBuilder
-from effopt.graph.rewrite import Approve, Emit, Match, PassResult, apply_rewrite
+from effopt.graph.rewrite import Approve, Emit, Match, PassResult
 from effopt.graph.weights import DerivedWeights
 from effopt.target import Target
 

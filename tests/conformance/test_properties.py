@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.fx import Graph, Node
 
 from effopt import pipeline as pipelines
-from effopt.graph.pattern import Call, Capture, Matcher, OpBuilder
+from effopt.graph.matching import Matcher
+from effopt.graph.pattern import Call, Capture, OpBuilder
 from effopt.graph.verify import check_graph
 from effopt.passes.base import Example
 from effopt.plugins.manager import build_registry

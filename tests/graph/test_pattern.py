@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from effopt.graph.pattern import ANY, HOLE, Capture, Matcher, Named, OpBuilder, any_of, chain, number, tensor
+from effopt.graph.matching import Matcher
+from effopt.graph.pattern import ANY, HOLE, Capture, Named, OpBuilder, any_of, chain, number, tensor
 from effopt.passes.base import Example
 from effopt.testing import capture_example
 

@@ -21,7 +21,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.heads import broadcasts, equal
 from effopt.graph.constants import constant_number, guarded_number
-from effopt.graph.pattern import Step, bound_arguments
+from effopt.graph.matching import bound_arguments
+from effopt.graph.pattern import Step
 from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of, val
 
