@@ -18,7 +18,8 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph import ops
-from effopt.graph.pattern import Named, OpBuilder, any_of, number
+from effopt.graph.constants import guarded_number
+from effopt.graph.pattern import Named, OpBuilder, any_of
 from effopt.graph.rewrite import Emit, Match, require
 from effopt.graph.spellings import casts_of, maybe_cast, over_root, square
 from effopt.graph.values import shape_of, val
@@ -48,7 +49,7 @@ class RecognizeLayerNorm(Rewrite):
             Named("square", op.var(h, [-1], correction=correction, keepdim=True)),
             Named("square", op.var(h, [-1], unbiased=unbiased, keepdim=True)),
         )
-        normed = over_root(op, centered, op.add(variance, number(eps)))
+        normed = over_root(op, centered, op.add(variance, eps))
         scaled = op.mul(normed, Named("scale", maybe_cast(op, weight)))
         shift = Named("shift", maybe_cast(op, bias))
         moved = any_of(op.add(scaled, shift), scaled, op.add(normed, shift), normed)
@@ -61,7 +62,6 @@ class RecognizeLayerNorm(Rewrite):
             isinstance(x, torch.Tensor) and x.dim() > 0, "x is not a tensor with a last dimension", m.root
         )
         require(x.dtype.is_floating_point, f"x is {x.dtype}, not floating", m.root)
-        require(m.eps >= 0, f"eps is negative ({m.eps})", m.root)
         wide = torch.promote_types(x.dtype, torch.float32)
         if m.square.target in (_aten.var.correction, _aten.var.dim):
             by_correction = m.square.target is _aten.var.correction
@@ -77,9 +77,14 @@ class RecognizeLayerNorm(Rewrite):
             if operand is not None:
                 _require_parameter(operand, used, x, m)
         require(val(m.root).dtype == x.dtype, f"the result is {val(m.root).dtype}, x is {x.dtype}", m.root)
+        eps = guarded_number(m.eps)
+        require(eps is not None, "eps is not known when compiling", m.root)
+        require(eps is None or eps >= 0, f"eps is negative ({eps})", m.root)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
-        return emit(ops.layer_norm, m.x, [shape_of(m.x)[-1]], m.weight, m.bias, float(m.eps))
+        return emit(
+            ops.layer_norm, m.x, [shape_of(m.x)[-1]], m.weight, m.bias, float(guarded_number(m.eps) or 0.0)
+        )
 
     def samples(self) -> Iterable[Example]:
         x, w, b = torch.randn(2, 5, 24), torch.rand(24), torch.rand(24)

@@ -19,6 +19,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph import ops
+from effopt.graph.constants import guarded_number
 from effopt.graph.pattern import Named, OpBuilder, any_of, number
 from effopt.graph.rewrite import Emit, Match, require
 from effopt.graph.spellings import casts_of, inverse_root, maybe_cast, over_root, square
@@ -43,7 +44,7 @@ class RecognizeRMSNorm(Rewrite):
         h = maybe_cast(op, x)
         squared = Named("square", square(op, h))
         mean = any_of(op.mean(squared, [-1], True), op.div(op.sum(squared, [-1], True), number(d)))
-        shifted = op.add(mean, number(eps))
+        shifted = op.add(mean, eps)
         normed = over_root(op, h, shifted)
         factor = maybe_cast(op, weight)
         scale = Named("scale", any_of(op.add(factor, number(offset)), factor))
@@ -62,7 +63,6 @@ class RecognizeRMSNorm(Rewrite):
         )
         require(x.dtype.is_floating_point, f"x is {x.dtype}, not floating", m.root)
         require(m.shape is None or len(m.shape) == 1, "more than the last dimension is normalised", m.root)
-        require(m.eps is None or m.eps >= 0, f"eps is negative ({m.eps})", m.root)
         require(
             m.d is None or statically_known_true(x.shape[-1] == m.d),
             f"the sum is divided by {m.d}, not d",
@@ -81,11 +81,15 @@ class RecognizeRMSNorm(Rewrite):
                 m.root,
             )
         require(val(m.root).dtype == x.dtype, f"the result is {val(m.root).dtype}, x is {x.dtype}", m.root)
+        if m.eps is not None:
+            eps = guarded_number(m.eps)
+            require(eps is not None, "eps is not known when compiling", m.root)
+            require(eps is None or eps >= 0, f"eps is negative ({eps})", m.root)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
         wide = torch.promote_types(val(m.x).dtype, torch.float32)
         # aten.rms_norm without eps takes that of the dtype it accumulates in.
-        eps = torch.finfo(wide).eps if m.eps is None else float(m.eps)
+        eps = torch.finfo(wide).eps if m.eps is None else float(guarded_number(m.eps) or 0.0)
         extra: dict[str, Any] = {"weight_offset": float(m.offset)} if m.offset else {}
         if m.inner is not None and val(m.inner).dtype == val(m.x).dtype != wide:
             extra["round_first"] = True
@@ -111,6 +115,9 @@ class RecognizeRMSNorm(Rewrite):
         yield Example(lambda x, y: y * root(square(x).mean(-1, True) + 1e-6), (x, x + 1), "in another")
         yield Example(lambda x: x * root(square(x).mean(-1, True) * 2), (x,), "expected add")
         yield Example(lambda x: x * root(square(x).mean(-1, True) + -1e-6), (x,), "eps is negative")
+        yield Example(
+            lambda x, e: x * root(square(x).mean(-1, True) + e), (x, x[0, 0, :1]), "eps is not known"
+        )
         yield Example(lambda x: x * root(square(x).sum(-1, True) / 23 + 1e-6), (x,), "divided by 23")
         yield Example(lambda x: x * root(square(x).mean(-1, True) + 1e-6), (x.half(),), "would not overflow")
 

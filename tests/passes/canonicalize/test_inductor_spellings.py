@@ -94,7 +94,7 @@ def test_spelling(name: str, compiled: Any) -> None:
     if wanted.dtype == torch.float32:
         torch.testing.assert_close(out, wanted, rtol=2e-5, atol=2e-5)
         return
-    # Both round the values to half, eager also its weights: no further from exact, but for the result's rounding.
+    # Both round the values to half, eager also its weights: no further from exact, but for one rounding.
     with Unrounded():
         exact = first(function(*(x.double() if isinstance(x, torch.Tensor) else x for x in inputs)))
     rounding = torch.finfo(wanted.dtype).eps / 2 * exact.abs().max()
