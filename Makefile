@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench size clean
+.PHONY: help venv demo test sweep check format bench size clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -32,8 +32,11 @@ venv: .venv/installed  ## .venv with effopt and all that its checks need
 demo: .venv/installed  ## a small model, compiled, checked and reported on
 	$(BIN)/effopt demo $(ARGS)
 
-test: .venv/plugin  ## all tests; ARGS='tests/graph -k blocks' narrows them
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+test: .venv/plugin  ## all tests but the sweep; ARGS='tests/graph -k blocks' narrows them
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+sweep: .venv/plugin  ## the tests marked slow: capture of sixty more architectures
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
 
 check: .venv/installed  ## format, lint and types
 	$(BIN)/ruff format --check .

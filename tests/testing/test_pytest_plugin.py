@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 
 import pytest
@@ -40,9 +41,10 @@ def tester(pytester: pytest.Pytester) -> pytest.Pytester:
 
 
 def run(tester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    # Where effopt is installed, its entry point loads the plugin already.
-    given = ["-p", "effopt.testing.pytest_plugin", "-p", "no:cacheprovider", "-q", *arguments]
-    return tester.runpytest_inprocess(*given)
+    # Where effopt is installed, its entry point loads the plugin already, and pytest takes it only once.
+    installed = any(entry.name == "effopt" for entry in importlib.metadata.entry_points(group="pytest11"))
+    plugin = [] if installed else ["-p", "effopt.testing.pytest_plugin"]
+    return tester.runpytest_subprocess(*plugin, "-p", "no:cacheprovider", "-q", *arguments)
 
 
 def test_a_lost_fusion_fails(tester: pytest.Pytester) -> None:

@@ -31,7 +31,6 @@ def compile_all() -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
 def test_every_kernel_compiles_for_every_target() -> None:
     """In one test, so that workers of pytest-xdist do not each compile them all."""
     facts = compile_all()
