@@ -193,7 +193,6 @@ class _Compilation:
             training=captured.training,
             approve=lambda p, m, r: hook.effopt_approve_rewrite(pass_=p, match=m, replacement=r),
             weights=weights,
-            plans=self.options.plans,
         )
         self.report.nodes_before = len(module.graph.nodes)
         self._survey("before", captured)

@@ -34,6 +34,7 @@ class Options:
     """Replaces the exact pipeline."""
     disable: Sequence[str] = ()
     plans: Mapping[str, Any] = field(default_factory=dict)
+    """Plans by pass name. No pass in this version takes one: anything but empty is an error."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
     """Configuration entries handed to Inductor."""
     verify: str = "first"
@@ -47,6 +48,7 @@ class Options:
     lowering: str = "auto"
     """`reference` inlines every reference; `eager` runs the graph without Inductor."""
     release_weights: bool = False
+    """Free weights that no graph reads any more. No pass in this version leaves any: True is an error."""
     outline: bool = True
     """Compile equal blocks once."""
     report: str | None = None
@@ -80,6 +82,10 @@ class Options:
         if given.get("report") and not given["report"].endswith((".json", ".html")):
             got = given["report"]
             raise OptionError(f"option 'report' must be a path ending in .json or .html, got {got!r}")
+        if given.get("plans"):
+            raise OptionError(
+                "option 'plans' is for passes that take a plan; no pass in this version takes one"
+            )
         if given.get("release_weights"):
             raise OptionError(
                 "option 'release_weights' needs a pass that derives weights; none does in this version"

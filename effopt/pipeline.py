@@ -9,19 +9,8 @@ from typing import Any
 import networkx as nx
 
 from effopt.errors import OptionError, PipelineError, unknown
-from effopt.passes.base import Pass, Stage
+from effopt.passes.base import Pass
 from effopt.plugins.manager import Registry
-
-STAGES = (
-    Stage.CANONICALIZE,  # every spelling of an idea becomes one canonical op
-    Stage.CLEANUP,  # what that left without a use, or equal to something else
-    Stage.LAYERS,  # layers skipped or dropped
-    Stage.KV,  # caches shared or shrunk
-    Stage.ATTENTION,  # attention replaced
-    Stage.QUANTIZE,  # weights and activations in fewer bits
-    Stage.FUSE,  # canonical ops joined
-    Stage.FINISH,  # a last cleanup
-)
 
 _ITEM = re.compile(r"\s*(?P<name>[A-Za-z0-9_.-]+)\s*(?:\{(?P<options>[^{}]*)\})?\s*(?:,|$)")
 _OPTION = re.compile(r"\s*(?P<key>[A-Za-z0-9_-]+)\s*=\s*(?P<value>\[[^\]]*\]|[^,\[\]]+)\s*(?:,|$)")

@@ -36,6 +36,8 @@ def message_of(options: dict[str, Any]) -> str:
         ({"lowering": "fast"}, ("'lowering'", "'fast'", "auto", "eager", "reference")),
         ({"verify": "alway"}, ("Did you mean 'always'?", "first", "off")),
         ({"verify": 3}, ("'verify'", "'3'")),
+        ({"plans": {"drop-layers": 1}}, ("'plans'", "no pass in this version takes one")),
+        ({"release_weights": True}, ("'release_weights'", "in this version")),
         ({"rtol": 2.0}, ("'rtol' must lie in (0, 1), got 2.0",)),
         ({"rtol": "tight"}, ("'rtol' must be float or int, got 'tight' (str)",)),
         ({"disable": 3}, ("'disable' must be str or list or tuple, got 3 (int)",)),

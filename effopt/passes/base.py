@@ -29,14 +29,14 @@ from effopt.target import Target
 class Stage(enum.IntEnum):
     """The stages of the pipeline, in order."""
 
-    CANONICALIZE = 1
-    CLEANUP = 2
-    LAYERS = 3
-    KV = 4
-    ATTENTION = 5
-    QUANTIZE = 6
-    FUSE = 7
-    FINISH = 8
+    CANONICALIZE = 1  # every spelling of an idea becomes one canonical op
+    CLEANUP = 2  # what that left without a use, or equal to something else
+    LAYERS = 3  # layers skipped or dropped
+    KV = 4  # caches shared or shrunk
+    ATTENTION = 5  # masks proved, attention replaced
+    QUANTIZE = 6  # weights and activations in fewer bits
+    FUSE = 7  # canonical ops joined
+    FINISH = 8  # a last cleanup
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,6 @@ class Context:
     """Asked by the driver before each rewrite is taken."""
     weights: DerivedWeights
     """Constants derived from parameters."""
-    explicit: frozenset[str] = frozenset()
-    """Names of the passes that the user asked for; the others are there by default."""
-    plans: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

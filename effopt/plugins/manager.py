@@ -63,6 +63,9 @@ def build_registry(extra: Sequence[Any] = ()) -> Registry:
 
     A plugin that cannot be imported, or that raises in a registration hook, is left out and named
     in `faults`.
+
+    Raises:
+        PluginError: a fault of the built-ins themselves, without which a pipeline would do nothing.
     """
     manager = pluggy.PluginManager("effopt")
     manager.add_hookspecs(hookspec)
@@ -108,7 +111,11 @@ def _collect(registry: Registry, named: tuple[str, Any]) -> None:
         ops = _call(plugin, "effopt_ops")
         lowerings = _call(plugin, "effopt_lowerings")
         _check(registry, name, passes, ops, lowerings)
-    except Exception as error:  # noqa: BLE001 - a plugin's own fault: it is left out by name
+    except Exception as error:  # a plugin's own fault: it is left out by name
+        if plugin is builtin:
+            raise PluginError(
+                f"effopt's own passes, ops and lowerings cannot be registered: {_say(error)}"
+            ) from error
         registry.faults.append(f"plugin {name!r} failed while registering: {_say(error)}")
         registry.manager.unregister(plugin)
         return

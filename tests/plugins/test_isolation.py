@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 import effopt.plugins.manager as manager
 from effopt.compile import effopt, record
+from effopt.errors import PluginError
 from effopt.graph.rewrite import PassResult, require
 from effopt.passes.base import Context, GraphPass, Pass, Stage
 from effopt.plugins.hookspec import hookimpl
@@ -238,3 +239,12 @@ def test_a_plugin_that_cannot_be_imported(broken_entry_point: None) -> None:
     report = run(pipeline=[clamp()])
     assert report.counts == {"good": 1}
     assert any("'broken'" in f and "no_such_module_anywhere" in f for f in report.faults)
+
+
+def test_a_fault_of_the_built_ins_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(manager.builtin, "effopt_passes", broken)
+    with pytest.raises(PluginError, match=r"effopt's own passes, .*boom"):
+        build_registry()

@@ -7,7 +7,6 @@ autograd differentiates it, and AOTAutograd inlines it for Inductor to fuse.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,8 +125,3 @@ def adopt(
 ) -> Op:
     """Take an ATen op as a canonical op: it is already the one spelling, only cost is added."""
     return Op(name, overload, overload, overload, flops, samples)
-
-
-def signature_of(reference: Callable[..., Any]) -> inspect.Signature:
-    """The Python signature of a reference, for documentation and for kernels to mirror."""
-    return inspect.signature(reference)

@@ -1,4 +1,4 @@
-"""TBD."""
+"""Key-value caches: shared between layers, or shrunk. Lossy, so only when asked for; none yet."""
 
 from __future__ import annotations
 

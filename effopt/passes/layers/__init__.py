@@ -1,4 +1,4 @@
-"""TBD."""
+"""Layers: those that a model can do without are skipped or dropped. Lossy, so only when asked for; none yet."""
 
 from __future__ import annotations
 

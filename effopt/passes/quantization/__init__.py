@@ -1,4 +1,4 @@
-"""TBD."""
+"""Quantisation: weights and activations in fewer bits. Lossy, so only when asked for; none yet."""
 
 from __future__ import annotations
 
