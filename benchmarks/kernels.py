@@ -25,7 +25,7 @@ from effopt.backends.base import Lowering
 from effopt.backends.triton import LOWERINGS
 from effopt.graph.ops import Sample
 from effopt.graph.ops.base import tensor_bytes
-from effopt.testing.tolerances import GRADIENT_FACTOR, TOLERANCES
+from effopt.graph.tolerances import GRADIENT_FACTOR, TOLERANCES
 
 DTYPE = torch.bfloat16
 RESULTS = Path(__file__).parent / "results"

@@ -162,6 +162,16 @@ def _gradients(
     return {n: z if g is None else g for n, g, z in zip(leaves, found, zeros, strict=True)}
 
 
+def gradients_of(results: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of `leaves`, each element of `results` with a weight of its own; zeros where none arrives."""
+    total: Any = 0.0
+    for result in results:
+        weight = torch.linspace(-1, 1, result.numel(), dtype=torch.float64, device=result.device)
+        total = total + (result.double() * weight.view(result.shape)).sum()
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [torch.zeros_like(v) if g is None else g for v, g in zip(leaves, found, strict=True)]
+
+
 def other_dropout(before: Region, after: Region) -> Wrong | None:
     """Dropout is switched off in checks, so what it would do must be the same by declaration."""
     for node in (*before.nodes, *after.nodes):

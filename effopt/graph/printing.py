@@ -1,13 +1,14 @@
-"""A graph as text that a person can read, and the same part of it before and after.
+"""A graph as text: lines for a person to read, and a listing that leaves nothing out.
 
-%mul_4: f32[1, 16, 64] = mul(%x, %rsqrt)        # layers.0.norm  llama.py:66
+%mul_4: f32[1, 16, 64] = mul(%x, %rsqrt)
+mul_4 = aten.mul.Tensor(x, rsqrt) : float32[1, 16, 64]  # layers.0.norm
 """
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,45 +95,26 @@ def lines(nodes: Iterable[Node]) -> tuple[Line, ...]:
     return tuple(line_of(n) for n in nodes if n.op == "call_function")
 
 
-def dump(graph: Graph | GraphModule) -> str:
-    """A whole graph as text: inputs, calls with layer and source, outputs."""
-    graph = graph.graph if isinstance(graph, GraphModule) else graph
-    rows = []
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            rows.append(f"%{node.name}: {type_of(val(node))} = {op_of(node)}")
-        elif node.op == "output":
-            rows.append(f"return {_argument(node.args[0])}")
-        else:
-            line = line_of(node)
-            where = "  ".join(w for w in (line.layer, line.source.rsplit("/", 1)[-1]) if w)
-            rows.append(f"{line.text}  # {where}" if where else line.text)
-    return "\n".join(rows)
+def listing(module: GraphModule | Graph) -> str:
+    """A whole graph, nothing left out, one line a node: name, target, arguments, value, layer.
 
-
-def diff(before: Sequence[Line], after: Sequence[Line]) -> str:
-    """What differs between two listings: nodes gone (`-`), new (`+`), kept (two spaces).
-
-    Nodes are compared by name and op, which passes leave alone in what they do not rewrite; a kept
-    node whose operands were renamed is shown once, as it is afterwards.
+    Stable, so that two can be compared.
     """
-    was, now = {(n.name, n.op) for n in before}, {(n.name, n.op) for n in after}
-    rows: list[str] = []
-    pending, fresh = list(before), []
-    for line in after:
-        if (line.name, line.op) not in was:
-            fresh.append(f"+ {line.text}")
-            continue
-        while pending:
-            old = pending.pop(0)
-            if (old.name, old.op) == (line.name, line.op):
-                break
-            if (old.name, old.op) not in now:
-                rows.append(f"- {old.text}")
-        rows += [*fresh, f"  {line.text}"]
-        fresh = []
-    rows += [f"- {old.text}" for old in pending if (old.name, old.op) not in now]
-    return "\n".join(rows + fresh)
+    graph = module.graph if isinstance(module, GraphModule) else module
+    return "".join(f"{_exact(node)}\n" for node in graph.nodes)
+
+
+def _exact(node: Node) -> str:
+    arguments = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
+    values = val(node) if isinstance(val(node), (tuple, list)) else (val(node),)
+    shown = ", ".join(
+        f"{str(v.dtype).removeprefix('torch.')}[{', '.join(map(str, v.shape))}]"
+        if hasattr(v, "dtype")
+        else str(v)
+        for v in values
+    )
+    where = layer_of(node)
+    return f"{node.name} = {node.target}({arguments}) : {shown}" + (f"  # {where}" if where else "")
 
 
 def repeated_layer(graph: Graph) -> str:

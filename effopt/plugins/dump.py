@@ -9,8 +9,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from effopt.graph.provenance import layer_of
-from effopt.graph.values import val
+from effopt.graph.printing import listing
 from effopt.passes.base import Pass
 from effopt.plugins.hookspec import hookimpl
 
@@ -55,21 +54,3 @@ def _fresh(root: Path) -> Path:
             continue
         return folder
     raise AssertionError("itertools.count does not end")
-
-
-def listing(module: GraphModule) -> str:
-    """One line a node: name, target, arguments, value, layer. Stable, so that two can be compared."""
-    return "".join(f"{_line(node)}\n" for node in module.graph.nodes)
-
-
-def _line(node: Any) -> str:
-    arguments = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
-    values = val(node) if isinstance(val(node), (tuple, list)) else (val(node),)
-    shown = ", ".join(
-        f"{str(v.dtype).removeprefix('torch.')}[{', '.join(map(str, v.shape))}]"
-        if hasattr(v, "dtype")
-        else str(v)
-        for v in values
-    )
-    where = layer_of(node)
-    return f"{node.name} = {node.target}({arguments}) : {shown}" + (f"  # {where}" if where else "")

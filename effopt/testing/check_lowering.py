@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effopt.backends.base import Lowering
-from effopt.graph.equivalence import difference, tensors_in
+from effopt.graph.equivalence import difference, gradients_of, tensors_in
 from effopt.graph.ops.base import Sample
 from effopt.graph.region import raise_values
 from effopt.graph.tolerances import GRADIENT_FACTOR, tolerance_of
@@ -123,9 +123,4 @@ def _gradients(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> l
     results = [r for r in tensors_in(call(*made, **named)) if r.requires_grad]
     if not results:
         return [torch.zeros_like(v) for v in leaves]
-    total: Any = 0.0
-    for result in results:
-        weight = torch.linspace(-1, 1, result.numel(), dtype=torch.float64, device=result.device)
-        total = total + (result.double() * weight.view(result.shape)).sum()
-    found = torch.autograd.grad(total, leaves, allow_unused=True)
-    return [torch.zeros_like(v) if g is None else g for v, g in zip(leaves, found, strict=True)]
+    return gradients_of(results, leaves)

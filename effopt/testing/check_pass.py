@@ -11,8 +11,8 @@ import torch
 
 from effopt import pipeline as pipelines
 from effopt.errors import CaptureRefused
+from effopt.graph.printing import listing
 from effopt.passes.base import Example, Pass, Rewrite, Stage
-from effopt.plugins.dump import listing
 from effopt.plugins.manager import build_registry
 from effopt.testing.mutants import mutants
 from effopt.testing.trial import Trial, capture_example, disagreement, is_repeatable, run_passes

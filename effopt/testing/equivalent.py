@@ -6,10 +6,9 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from effopt.graph.equivalence import difference, tensors_in
+from effopt.graph.equivalence import difference, gradients_of, tensors_in
 from effopt.graph.tolerances import GRADIENT_FACTOR, tolerance_of
 
 
@@ -58,10 +57,4 @@ def _run(
     reached = [r for r in results if r.requires_grad]
     if not (gradients and leaves and reached):
         return [r.detach() for r in results], []
-    total: Any = 0.0
-    for result in reached:
-        weight = torch.linspace(-1, 1, result.numel(), dtype=torch.float64, device=result.device)
-        total = total + (result.double() * weight.view(result.shape)).sum()
-    found = torch.autograd.grad(total, leaves, allow_unused=True)
-    grads = [torch.zeros_like(v) if g is None else g for v, g in zip(leaves, found, strict=True)]
-    return [r.detach() for r in results], grads
+    return [r.detach() for r in results], gradients_of(reached, leaves)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from effopt.graph.capture import Captured, capture
-from effopt.graph.equivalence import difference, tensors_in
+from effopt.graph.equivalence import difference, gradients_of, tensors_in
 from effopt.graph.region import dropout_of, is_random
 from effopt.graph.tolerances import GRADIENT_FACTOR, tolerance_of
 from effopt.graph.weights import DerivedWeights
@@ -209,10 +209,4 @@ def _evaluate(
         differentiable = [o for o in outputs if o.requires_grad]
         if not (training and leaves and differentiable):
             return [o.detach() for o in outputs], []
-        total: Any = 0.0
-        for out in differentiable:
-            weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device)
-            total = total + (out.double() * weight.view(out.shape)).sum()
-        found = torch.autograd.grad(total, leaves, allow_unused=True)
-    grads = [torch.zeros_like(v) if g is None else g for v, g in zip(leaves, found, strict=True)]
-    return [o.detach() for o in outputs], grads
+        return [o.detach() for o in outputs], gradients_of(differentiable, leaves)

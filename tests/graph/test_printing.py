@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from effopt.graph.capture import capture
-from effopt.graph.printing import Line, diff, dump, lines, nodes_under, repeated_layer, type_of
+from effopt.graph.printing import lines, listing, nodes_under, repeated_layer, type_of
 
 
 class _Layer(nn.Module):
@@ -53,12 +53,18 @@ def test_the_repeated_layer_is_found_and_listed() -> None:
     assert not any(line.is_canonical for line in listed)
 
 
-def test_dump_shows_inputs_layers_sources_and_outputs() -> None:
-    text = dump(_captured())
-    assert "= input" in text
-    assert "# layers.2.down  " in text
-    assert "test_printing.py:" in text
-    assert text.splitlines()[-1].startswith("return [%add")
+def test_a_listing_tells_apart_what_a_line_hides() -> None:
+    module = _captured()
+    text = listing(module)
+    assert text == listing(module.graph)
+    assert "aten.relu.default(" in text
+    assert "float32[2, 3, 8]  # layers.0.up" in text
+    assert len(text.splitlines()) == len(module.graph.nodes)
+    (relu, *_) = module.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
+    shown = lines([relu])
+    relu.kwargs = {"memory_format": torch.channels_last}
+    assert lines([relu]) == shown
+    assert listing(module) != text
 
 
 def test_types() -> None:
@@ -66,22 +72,3 @@ def test_types() -> None:
     assert type_of((torch.empty(1), 3)) == "(f32[1], i64)"
     assert type_of(torch.empty((), dtype=torch.bool)) == "bool[]"
     assert type_of(None) == "NoneType"
-
-
-def _line(name: str, op: str, text: str = "") -> Line:
-    return Line(name, op, False, text or f"%{name} = {op}", "", "")
-
-
-def test_diff_shows_removed_before_added_and_keeps_the_rest() -> None:
-    before = [_line("a", "exp"), _line("b", "mul"), _line("c", "mean"), _line("d", "add")]
-    after = [_line("a", "exp"), _line("n", "norm"), _line("d", "add", "%d = add(%n)")]
-    assert diff(before, after).splitlines() == [
-        "  %a = exp",
-        "- %b = mul",
-        "- %c = mean",
-        "+ %n = norm",
-        "  %d = add(%n)",
-    ]
-    assert diff(before, before) == "\n".join(f"  {line.text}" for line in before)
-    assert diff([], after[:1]) == "+ %a = exp"
-    assert diff(before[:1], []) == "- %a = exp"

@@ -10,10 +10,10 @@ import torch
 from torch.fx import GraphModule
 
 from effopt.errors import InvalidGraphError
+from effopt.graph.printing import listing
 from effopt.graph.snapshot import Snapshot
 from effopt.graph.verify import check_graph
 from effopt.passes.base import Example
-from effopt.plugins.dump import listing
 from effopt.testing import capture_example
 
 aten = torch.ops.aten

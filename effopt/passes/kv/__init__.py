@@ -1,4 +1,4 @@
-"""Key-value caches: shared between layers, or shrunk. Lossy, so only when asked for; none yet."""
+"""Key-value caches: shared between layers, or shrunk. Lossy: on request only; none yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers: those that a model can do without are skipped or dropped. Lossy, so only when asked for; none yet."""
+"""Layers: those that a model can do without are skipped or dropped. Lossy: on request only; none yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantisation: weights and activations in fewer bits. Lossy, so only when asked for; none yet."""
+"""Quantisation: weights and activations in fewer bits. Lossy: on request only; none yet."""
 
 from __future__ import annotations
 

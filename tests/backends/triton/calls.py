@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effopt.backends.base import Lowering
 from effopt.graph.ops import Sample
-from effopt.testing.tolerances import TOLERANCES
+from effopt.graph.tolerances import TOLERANCES
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from effopt.backends.base import Lowering
 from effopt.backends.triton import LOWERINGS, layer_norm, rms_norm
 from effopt.backends.triton.rows import DTYPES
 from effopt.graph.ops import Sample
-from effopt.testing.tolerances import GRADIENT_FACTOR
+from effopt.graph.tolerances import GRADIENT_FACTOR
 from tests.backends.triton.calls import assert_gradients, assert_values, gradients, outputs, wanting_gradients
 
 BY_NAME = {lowering.op.name: lowering for lowering in LOWERINGS}
