@@ -39,6 +39,9 @@ _COMPARE = {
     _aten.ge.Tensor: (operator.pos, 0),
     _aten.gt.Tensor: (operator.pos, 1),
 }
+_WHERE = {_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar}
+_FILL = {_aten.masked_fill.Scalar, _aten.masked_fill.Tensor}
+_BUILDS_MASK = {*_WHERE, *_FILL, _aten.tril.default, _aten.triu.default, _aten.mul.Tensor}
 _AND = {_aten.bitwise_and.Tensor, _aten.logical_and.default, _aten.__and__.Tensor}
 _NOT = {_aten.bitwise_not.default, _aten.logical_not.default}
 _ARANGES = {_aten.arange.default, _aten.arange.start, _aten.arange.start_step}
@@ -87,6 +90,14 @@ def every_row_sees(mask: Node) -> bool:
     return bool((known if known.dtype == torch.bool else known > -math.inf).any(-1).all())
 
 
+def is_mask(node: Node) -> bool:
+    """Whether a mask or bias is built as masks are, or is an input; False for what is only a learned bias."""
+    while val(node).dtype != torch.bool and node.target in _PASS:
+        node = node.all_input_nodes[0]
+    given = node.op != "call_function"
+    return given or val(node).dtype == torch.bool or node.target in _BUILDS_MASK
+
+
 def lower_bound(node: Any, depth: int = 12) -> float:
     """A number that no element of `node` is below; -inf if none is known."""
     number = constant_number(node)
@@ -103,9 +114,9 @@ def lower_bound(node: Any, depth: int = 12) -> float:
         # A finite float32 can become -inf in a narrower type.
         kept = not val(node).dtype.is_floating_point or low >= torch.finfo(val(node).dtype).min
         return low if kept else -math.inf
-    if node.target in (_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar):
+    if node.target in _WHERE:
         return min(lower_bound(args[1], depth - 1), lower_bound(args[2], depth - 1))
-    if node.target in (_aten.masked_fill.Scalar, _aten.masked_fill.Tensor):
+    if node.target in _FILL:
         return min(lower_bound(args[0], depth - 1), lower_bound(args[2], depth - 1))
     return -math.inf
 
@@ -122,9 +133,9 @@ def band_of(node: Any, depth: int = 24) -> Band | None:
         return a & b if a is not None and b is not None else None
     if node.target in _NOT:
         return _negated(band_of(args[0], depth - 1))
-    if node.target in (_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar):
+    if node.target in _WHERE:
         return _chosen(band_of(args[0], depth - 1), args[1], args[2])
-    if node.target in (_aten.masked_fill.Scalar, _aten.masked_fill.Tensor):
+    if node.target in _FILL:
         return _chosen(band_of(args[1], depth - 1), args[2], args[0])
     if val(node).dtype == torch.bool and constant_number(node) == 1:
         return Band()

@@ -49,9 +49,12 @@ class ProveCausal(Rewrite):
         require(not m.is_causal, "", m.root)
         require(m.mask is not None or m.bias is not None, "", m.root)
         require(m.sinks is None or m.mask is None or not _finite(m.fill), "sinks, and a finite fill", m.root)
+        operand = m.bias if m.mask is None else m.mask
         require(
             _causal_operand(m) is not None,
-            "no mask is proved causal from the graph: it stays a tensor",
+            ""
+            if not masks.is_mask(operand)
+            else "no mask is proved causal from the graph: it stays a tensor",
             m.root,
         )
 

@@ -56,7 +56,8 @@ class ProveRowsSeeKey(Rewrite):
         require(not m.is_causal, "causal, and a mask: they could hide all keys together", m.root)
         operand = m.bias if m.mask is None else m.mask
         proved = masks.every_row_sees(operand)
-        require(proved, "the mask comes from an input: a row of it may hide every key", operand)
+        reason = "the mask comes from an input: a row of it may hide every key"
+        require(proved, reason if masks.is_mask(operand) else "", operand)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
         kept = {name: m.captures[name] for name in _OPTIONS} | {"rows_see_key": True}

@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch.fx import GraphModule
 
+from effopt.graph.analyses.between_matmuls import feeds_matmul
 from effopt.graph.attention_form import read, write
 from effopt.graph.pattern import ANY, HOLE, Capture, Named, OpBuilder, any_of, chain, tensor
-from effopt.graph.rewrite import Emit, Match
-from effopt.passes.base import Example, Rewrite, Stage
+from effopt.graph.rewrite import Emit, Match, PassResult
+from effopt.passes.base import Context, Example, Rewrite, Stage
 
 C = Capture
+_SOFTMAX = torch.ops.aten.softmax.int
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,14 @@ class RecognizeAttention(Rewrite):
     may_duplicate: ClassVar[bool] = False
 
     def anchors(self, pattern: Any) -> tuple[Any, ...]:
-        return (torch.ops.aten.softmax.int,)
+        return (_SOFTMAX,)
+
+    def apply(self, module: GraphModule, context: Context) -> PassResult:
+        """As every rewrite, but silent on a softmax that weighs nothing, such as a router's."""
+        result = super().apply(module, context)
+        left = {n.name: n for n in module.graph.find_nodes(op="call_function", target=_SOFTMAX)}
+        result.rejected = [r for r in result.rejected if r.node not in left or feeds_matmul(left[r.node])]
+        return result
 
     def pattern(self, op: OpBuilder, query: Any, key: Any, value: Any) -> Any:
         q, k, v = tensor(query), tensor(key), tensor(value)

@@ -36,16 +36,12 @@ class RemoveNoOps(GraphPass):
         result, leaving = PassResult(), escaping(module.graph)
         for node in list(module.graph.nodes):
             source = stands_for(node)
-            if source is None:
+            # One that leaves is no near-miss: the caller must not get `source` itself, whatever the model.
+            if source is None or node in leaving:
                 continue
-            if node in leaving:
-                result.reject(
-                    self.name, node, f"it leaves the graph: the caller must not get {source.name} itself"
-                )
-            else:
-                result.apply(self.name, "forward operand", node, f"is {source.name}")
-                node.replace_all_uses_with(source)
-                module.graph.erase_node(node)
+            result.apply(self.name, "forward operand", node, f"is {source.name}")
+            node.replace_all_uses_with(source)
+            module.graph.erase_node(node)
         return result
 
     def samples(self) -> Iterable[Example]:
@@ -65,4 +61,4 @@ class RemoveNoOps(GraphPass):
             lambda x: x.view(4, 3), lambda x: x.expand(2, 3, 4), lambda x: x[:, :3], lambda x: 0 - x,
         ):  # fmt: skip
             yield Example(lambda x, f=change: f(x.cos()).sin(), (x,))
-        yield Example(lambda x: x * 1, (x,), "leaves the graph")
+        yield Example(lambda x: x * 1, (x,))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from effopt.passes.attention.prove_causal import ProveCausal
 
@@ -68,3 +69,19 @@ def test_not_causal(name: str, dynamic: bool | None, compiled: Any) -> None:
     assert report.counts[ProveCausal.name] == 0
     torch.manual_seed(1)
     torch.testing.assert_close(out, NOT_CAUSAL[name](q), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_learned_bias_is_no_near_miss(compiled: Any) -> None:
+    """No user can make a causal mask of a position bias: neither proof tells of one."""
+    q, table = torch.randn(2, 3, 6, 8), torch.randn(11, 3)
+
+    def biased(q: Tensor, table: Tensor) -> Tensor:
+        at = torch.arange(6)
+        near = F.embedding(at[:, None] - at + 5, table).permute(2, 0, 1) + 1.0
+        return (q @ q.mT + near).softmax(-1) @ q
+
+    out, report = compiled(biased, q, table)
+    assert report.ops["attention"] == 1
+    assert report.counts[ProveCausal.name] == 0
+    assert not report.rejected
+    torch.testing.assert_close(out, biased(q, table), rtol=1e-5, atol=1e-5)

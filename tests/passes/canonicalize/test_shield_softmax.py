@@ -104,3 +104,14 @@ def test_other_softmaxes_are_left(compiled: Any) -> None:
     for function in (lambda x, w: (x @ w).softmax(-1), lambda x, w: x.softmax(-1) @ w):
         _, report = compiled(function, x, w)
         assert report.counts[ShieldSoftmax.name] == 0
+
+
+@pytest.mark.parametrize("function", [lambda x, w: (x @ w).softmax(-1), lambda x, w: x.softmax(-1) @ w])
+def test_softmax_without_matmuls_on_both_sides_is_left_without_a_word(
+    function: Any, compiled: Callable[..., Any]
+) -> None:
+    x, w = torch.randn(3, 5), torch.randn(5, 5)
+    out, report = compiled(function, x, w, pipeline=ShieldSoftmax.name)
+    assert report.counts[ShieldSoftmax.name] == 0
+    assert not report.rejected
+    torch.testing.assert_close(out, function(x, w))
