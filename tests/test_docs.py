@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from effopt.plugins.manager import build_registry
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if p.is_file()]
 TIMEOUT_S = 900
@@ -128,3 +130,11 @@ def test_a_block_that_is_not_run_says_why() -> None:
     with pytest.raises(AssertionError, match="say why"):
         program(blocks("```python no-run\nimport this\n```\n"))
     assert program(blocks("```python no-run\n# no-run: downloads 8 GB\n```\n")) == ""
+
+
+def test_the_readme_names_every_pass() -> None:
+    registry = build_registry()
+    own = [name for name, origin in registry.origin.items() if origin == "effopt"]
+    assert own
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in own if f"`{name}`" not in text] == []
