@@ -6,6 +6,7 @@ halving N (`effopt bisect`).
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from effopt.graph.rewrite import Match, Replacement
@@ -24,7 +25,9 @@ class Fuel:
         self._granted = 0
 
     @hookimpl(wrapper=True)
-    def effopt_approve_rewrite(self, pass_: Pass, match: Match, replacement: Replacement):  # type: ignore[no-untyped-def]  # pluggy wants a generator
+    def effopt_approve_rewrite(
+        self, pass_: Pass, match: Match, replacement: Replacement
+    ) -> Generator[None, str | None, str | None]:
         """Refuse when the fuel is used up; a rewrite that something else refuses costs none."""
         reason = yield
         if reason is not None:

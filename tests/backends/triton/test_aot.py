@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 SPILL_BYTES = 8
 """ptxas spills one or two registers of three float32 norm kernels on its own account, to stay at 32, 40 or 96
 registers, with which one more program fits a multiprocessor. More than that is a tile too large."""
