@@ -138,3 +138,10 @@ def test_specs_round_trip(given_pass: Rich) -> None:
     (again,) = pipelines.resolve(given_pass.spec(), registry)
     assert again == given_pass
     assert {f.name for f in dataclasses.fields(again)} == {"bits", "ratio", "fast", "kind", "layers"}
+
+
+def test_identity_for_caches_holds_options_and_source() -> None:
+    assert Rich().fingerprint() == Rich(bits=4).fingerprint()
+    assert Rich().fingerprint() != Rich(bits=8).fingerprint()
+    typed_at_a_prompt = type("Typed", (Rich,), {"__module__": "a_prompt"})
+    assert typed_at_a_prompt().fingerprint() != Rich().fingerprint()

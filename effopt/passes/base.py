@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import inspect
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -106,9 +109,16 @@ class Pass(ABC):
         return f"{self.name}{{{','.join(changed)}}}" if changed else self.name
 
     def fingerprint(self) -> str:
-        """Identity for caches: source, options, and the versions of torch and effopt."""
-        source = inspect.getsource(type(self))
-        return hashlib.sha256(f"{source}|{self.spec()}|{torch.__version__}".encode()).hexdigest()
+        """Identity for caches: options, the version of torch, and the source of the pass and of all effopt.
+
+        A pass stands on analyses, ops and lowerings, so an edit anywhere in effopt is a new identity.
+        """
+        try:
+            source = inspect.getsource(inspect.getmodule(type(self)) or type(self))
+        except (OSError, TypeError):  # typed at a prompt: known to this process alone
+            source = f"process {os.getpid()}, {id(type(self))}"
+        parts = (source, self.spec(), torch.__version__, _digest_of_effopt())
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
     @classmethod
     def build(cls, options: Mapping[str, Any]) -> Pass:
@@ -155,6 +165,12 @@ class Rewrite(Pass):
 @dataclass(frozen=True)
 class GraphPass(Pass):
     """A pass over the whole graph, for what no pattern can say. Its docstring says why."""
+
+
+@functools.cache
+def _digest_of_effopt() -> str:
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"|".join(f.read_bytes() for f in files)).hexdigest()
 
 
 def _write(value: Any) -> str:
