@@ -6,14 +6,18 @@ Only public seams: `torch._inductor.compile` and its options.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch._dynamo.source import ConstantSource
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule
 
 from effopt.backends.aliasing import SettleAliases
+
+_invoke = torch.ops.higher_order.invoke_subgraph
 
 
 def compile_graph(
@@ -41,7 +45,19 @@ def compile_graph(
         "unsafe_marked_cacheable_functions": marked,
         "post_grad_custom_pre_pass": _first(SettleAliases(), options.get("post_grad_custom_pre_pass")),
     }
-    return inductor.compile(module, list(inputs), options=patches)
+    with _own_buffers(module):
+        return inductor.compile(module, list(inputs), options=patches)
+
+
+def _own_buffers(module: GraphModule) -> AbstractContextManager[Any]:
+    """Keep a subgraph's backward from writing into its operands.
+
+    Which saved tensors a backward graph may overwrite is known by their positions in the whole graph;
+    Inductor 2.13 takes the same positions for the operands of a subgraph, and overwrites tangents that
+    the caller reads again. The list is made while the forward graph is compiled.
+    """
+    has_subgraphs = bool(module.graph.find_nodes(op="call_function", target=_invoke))
+    return functorch_config.patch(donated_buffer=False) if has_subgraphs else nullcontext()
 
 
 def _name_constants(module: GraphModule) -> None:

@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
 from effopt.graph.analyses.blocks import Run, blocks, operand_groups, operands
-from effopt.graph.analyses.gradients import differentiable, requires_grad_leaf
+from effopt.graph.analyses.gradients import differentiable, reached_by_loss, requires_grad_leaf
 from effopt.graph.normalize import is_view
 from effopt.graph.values import val
 
@@ -49,13 +49,15 @@ def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[
     graph = module.graph
     _settle_symbols(graph)
     written = [n.args[1] for n in graph.find_nodes(op="call_function", target=_aten.copy_.default)]
-    barriers = frozenset(_barriers(graph, written))
+    barriers = set(_barriers(graph, written))
     _hoist_attributes(graph)
     _hoist_views(graph)
     _complete_results(graph)
     carrying = differentiable(module, inputs) if training else frozenset()
+    # Forward and backward calls of a subgraph are paired by count; a copy behind a detach has no backward.
+    barriers |= carrying - reached_by_loss(graph, carrying)
     done: list[Outlined] = []
-    for run in blocks(graph, barriers, carrying).runs:
+    for run in blocks(graph, frozenset(barriers), carrying).runs:
         made = _outline_run(module, run, f"block_{len(done)}", carrying)
         if made is not None:
             done.append(made)

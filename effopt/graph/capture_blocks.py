@@ -52,8 +52,9 @@ def export_in_blocks(
         export: traces a graph functionally: (module, inputs) -> (graph, signature).
 
     Returns:
-        What `export(module, inputs)` would return; None if there is nothing to gain, or if a block
-        writes into its operands, so that the pieces are not functions of each other's values.
+        What `export(module, inputs)` would return; None if there is nothing to gain, or if an operand
+        or a result of a block is written in place anywhere: which of its values a block reads depends
+        on when, and the pieces are put together by value.
     """
     calls = [n for n in module.graph.nodes if n.op in ("call_function", "call_method")]
     for node in module.graph.nodes:
@@ -63,6 +64,8 @@ def export_in_blocks(
     carrying = frozenset(n for n in calls if isinstance(val(n), torch.Tensor) and val(n).requires_grad)
     runs = [r for r in blocks(module.graph, barriers, carrying).runs if r.saved_nodes >= _LEAST_SAVED]
     if not runs:
+        return None
+    if any(_is_written(source) for run in runs for source in _sources(run)):
         return None
     for position, node in enumerate(module.graph.nodes):
         node.meta["custom"] = {**node.meta.get("custom", {}), _POSITION: position}
@@ -90,6 +93,21 @@ def _is_plain(node: Node) -> bool:
     return all(isinstance(t, torch.Tensor) for t in tensors) and not isinstance(
         node.target, torch._ops.HigherOrderOperator
     )
+
+
+def _sources(run: Run) -> Iterator[Node]:
+    """What the copies of a block read from outside."""
+    for instance in run.instances:
+        inside = set(instance)
+        yield from (s for node in instance for s in operands(node) if s not in inside)
+
+
+def _is_written(node: Node) -> bool:
+    """Whether a value is written in place, itself or through a view: Dynamo's fake tensor counted it."""
+    value = val(node)
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.is_inference() or value._version > 0
 
 
 def _fake(node: Node) -> Any:

@@ -119,3 +119,44 @@ def test_outlining_can_be_switched_off() -> None:
         result = torch.compile(model, backend="effopt", options={"outline": False})(x)
     assert outlined_counts(report) == []
     torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
+
+
+class Gated(nn.Module):
+    """A layer whose norm stays outside the block, so that the caller reads the block's tangent again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        y = self.norm(x)
+        y = self.down(torch.sigmoid(self.up(y)) * torch.tanh(self.up(y) + 1))
+        y = y * scale + torch.cos(y) - torch.sin(y).abs()
+        return x + y.tanh()
+
+
+class Chain(nn.Module):
+    def __init__(self, depth: int, cut: int) -> None:
+        super().__init__()
+        self.layers, self.cut = nn.ModuleList(Gated() for _ in range(depth)), cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.ones(8)
+        for i, layer in enumerate(self.layers):
+            x = layer(x.detach() if i == self.cut else x, scale)
+        return x
+
+
+@pytest.mark.parametrize("cut", [-1, 2], ids=["whole", "cut-in-the-middle"])
+def test_a_subgraph_does_not_write_into_its_operands(cut: int) -> None:
+    """Inductor 2.13 lets a subgraph's backward overwrite its tangent (backends/inductor.py)."""
+    torch.manual_seed(0)
+    model, x = Chain(5, cut), torch.randn(3, 8)
+    with record() as report:
+        loss = (torch.compile(model, backend="effopt")(x) * x).sum()
+    assert max(outlined_counts(report)) >= 3
+    trained = [p for i, layer in enumerate(model.layers) if i >= cut for p in layer.parameters()]
+    got = torch.autograd.grad(loss, trained)
+    wanted = torch.autograd.grad((model(x) * x).sum(), trained)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())

@@ -142,3 +142,34 @@ def test_a_small_graph_is_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         once, whole, used = both_ways(lambda x: torch.tanh(x).sin(), torch.randn(3), monkeypatch=monkeypatch)
     assert not used
     assert once == whole
+
+
+@pytest.mark.parametrize("write", ["whole", "slice", "view", "buffer"])
+def test_an_operand_written_after_the_blocks_is_traced_whole(
+    write: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks read the value from before the write."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer(8, 0.0) for _ in range(6))
+            self.register_buffer("count", torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.count if write == "buffer" else x.mean(0) * 2
+            part = scale[:4]
+            for layer in self.layers:
+                x = layer(x, scale)
+            if write == "slice":
+                scale[2:] = 7.0
+            elif write == "view":
+                part.mul_(3.0)
+            else:
+                scale.add_(1.0)
+            return x
+
+    with torch.no_grad():
+        once, whole, used = both_ways(Late().eval(), torch.randn(3, 8), monkeypatch=monkeypatch)
+    assert not used
+    assert once == whole

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from effopt.graph.values import fake_mode_of, val
 
@@ -26,6 +26,22 @@ def differentiable(module: GraphModule, inputs: Sequence[Any]) -> frozenset[Node
         runner = _Recorder(module)
         runner.run(*[_leaf(fake, real) for fake, real in zip(fakes, inputs, strict=True)])
     return frozenset(runner.found)
+
+
+def reached_by_loss(graph: Graph, carrying: frozenset[Node]) -> frozenset[Node]:
+    """Nodes of `carrying` from which a gradient-carrying output is reached through `carrying`.
+
+    The others require a gradient and get none: what follows them was detached.
+    """
+    (output,) = graph.find_nodes(op="output")
+    reached = {n for n in output.all_input_nodes if n in carrying}
+    for node in reversed(graph.nodes):
+        # A call of several results is no tensor; it carries what its results carry.
+        if node in reached or any(user in reached for user in node.users):
+            several = isinstance(val(node), (tuple, list))
+            if node in carrying or several:
+                reached.add(node)
+    return frozenset(reached & carrying)
 
 
 def requires_grad_leaf(fake: torch.Tensor, wanted: bool) -> torch.Tensor:
