@@ -3,7 +3,7 @@
 Partitioned for training, a subgraph returns activations for the backward pass, among them its own
 inputs and views of other results. Inductor plans memory as if every result of a call were a buffer
 of its own, so it reuses a buffer that a saved alias still shows: wrong gradients, on torch 2.13 also
-for `torch._dynamo.config.use_graph_deduplication` (a 2-layer Llama is off by a factor of 35). Read
+for `torch._dynamo.config.use_graph_deduplication` (`benchmarks/compile_time.py --train` shows it). Read
 from the operand, the alias is known to the planner.
 """
 

@@ -1,4 +1,4 @@
-"""Repeated blocks become one subgraph, called N times: compile time is flat in depth.
+"""Repeated blocks become one subgraph, called N times: the backend compiles it once.
 
     b0(x) -> b1 -> ... -> bN   =>   invoke_subgraph(block, x, weights_0) -> ... (block, ., weights_N)
 

@@ -11,6 +11,7 @@ is written as a huge finite number added to the scores stays a term.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -284,7 +285,7 @@ def is_row_maximum(node: Any, of: Any) -> bool:
     """Whether `node` is the maximum of `of` over its last dimension: softmax does not see it subtracted."""
     while isinstance(node, Node) and node.target in (_aten.detach.default, _aten._to_copy.default):
         node = node.args[0]
-    if isinstance(node, Node) and "getitem" in str(node.target) and node.args[1] == 0:
+    if isinstance(node, Node) and node.target is operator.getitem and node.args[1] == 0:
         node = node.args[0]
     if not isinstance(node, Node) or node.target not in (_aten.max.dim, _aten.amax.default):
         return False
