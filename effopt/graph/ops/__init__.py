@@ -3,8 +3,11 @@
 from effopt.graph.ops.attention import attention
 from effopt.graph.ops.base import Op, Operands, Sample
 from effopt.graph.ops.glu import glu
+from effopt.graph.ops.int8_linear import int8_linear
 from effopt.graph.ops.layer_norm import add_layer_norm, layer_norm
 from effopt.graph.ops.linear import linear
+from effopt.graph.ops.quantized_embedding import quantized_embedding
+from effopt.graph.ops.quantized_linear import quantized_linear
 from effopt.graph.ops.rms_norm import add_rms_norm, rms_norm
 from effopt.graph.ops.rope import rope
 
@@ -17,6 +20,9 @@ OPS: tuple[Op, ...] = (
     glu,
     rope,
     linear,
+    quantized_linear,
+    int8_linear,
+    quantized_embedding,
 )
 
 __all__ = [
@@ -28,8 +34,11 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "glu",
+    "int8_linear",
     "layer_norm",
     "linear",
+    "quantized_embedding",
+    "quantized_linear",
     "rms_norm",
     "rope",
 ]
