@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effopt.backends.base import Lowering as Lowering
+    from effopt.calibration import calibrate as calibrate
     from effopt.compile import explain as explain
     from effopt.compile import record as record
     from effopt.errors import CaptureRefused as CaptureRefused
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from effopt.errors import InvalidGraphError as InvalidGraphError
     from effopt.errors import OptionError as OptionError
     from effopt.errors import PipelineError as PipelineError
+    from effopt.errors import PlanError as PlanError
     from effopt.errors import PluginError as PluginError
     from effopt.errors import UnexpectedOps as UnexpectedOps
     from effopt.graph.ops.base import Op as Op
@@ -39,15 +41,18 @@ if TYPE_CHECKING:
     from effopt.passes.base import Example as Example
     from effopt.passes.base import GraphPass as GraphPass
     from effopt.passes.base import Pass as Pass
+    from effopt.passes.base import RegionPass as RegionPass
     from effopt.passes.base import Rewrite as Rewrite
     from effopt.passes.base import Stage as Stage
     from effopt.passes.base import option as option
+    from effopt.passes.plan import Plan as Plan
     from effopt.plugins.expect import expect as expect
     from effopt.plugins.hookspec import hookimpl as hookimpl
     from effopt.plugins.report import Report as Report
 
 _HOMES = {
     "effopt.backends.base": ("Lowering",),
+    "effopt.calibration": ("calibrate",),
     "effopt.compile": ("explain", "record"),
     "effopt.errors": (
         "CaptureRefused",
@@ -56,6 +61,7 @@ _HOMES = {
         "InvalidGraphError",
         "OptionError",
         "PipelineError",
+        "PlanError",
         "PluginError",
         "UnexpectedOps",
     ),
@@ -63,7 +69,17 @@ _HOMES = {
     "effopt.graph.pattern": ("any_of", "chain", "number", "tensor"),
     "effopt.graph.rewrite": ("Emit", "Match", "PassResult", "require"),
     "effopt.options": ("Options",),
-    "effopt.passes.base": ("Context", "Example", "GraphPass", "Pass", "Rewrite", "Stage", "option"),
+    "effopt.passes.base": (
+        "Context",
+        "Example",
+        "GraphPass",
+        "Pass",
+        "RegionPass",
+        "Rewrite",
+        "Stage",
+        "option",
+    ),
+    "effopt.passes.plan": ("Plan",),
     "effopt.plugins.expect": ("expect",),
     "effopt.plugins.hookspec": ("hookimpl",),
     "effopt.plugins.report": ("Report",),

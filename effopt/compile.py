@@ -23,6 +23,7 @@ from effopt.graph.restore import restore
 from effopt.graph.weights import DerivedWeights
 from effopt.options import Options
 from effopt.passes.base import Context, Pass
+from effopt.passes.plan import Plan, Plans, plans_from
 from effopt.plugins.manager import Registry, build_registry
 from effopt.plugins.observers import observers
 from effopt.plugins.report import GraphReport, LoweringRecord, Report
@@ -48,8 +49,15 @@ def record() -> Iterator[Report]:
 def check_options(options: Mapping[str, Any] | None, mode: str | None = None) -> None:
     """Raise what a compile call with these options would: OptionError or PipelineError."""
     parsed = Options.parse(options, mode)
-    registry = build_registry(parsed.plugins)
-    pipelines.build(registry, passes=parsed.passes, pipeline=parsed.pipeline, disable=parsed.disable)
+    _pipeline(parsed, build_registry(parsed.plugins))
+
+
+def _pipeline(parsed: Options, registry: Registry) -> tuple[list[Pass], tuple[Plan, ...]]:
+    plans = plans_from(parsed.plans)
+    built = pipelines.build(
+        registry, passes=parsed.passes, pipeline=parsed.pipeline, disable=parsed.disable, plans=plans
+    )
+    return built, plans
 
 
 def explain(
@@ -101,16 +109,14 @@ def effopt(
     """
     parsed = Options.parse(options, mode)
     registry = build_registry(parsed.plugins)
-    pipeline = pipelines.build(
-        registry, passes=parsed.passes, pipeline=parsed.pipeline, disable=parsed.disable
-    )
+    pipeline, plans = _pipeline(parsed, registry)
     report = GraphReport(pipeline=pipelines.text_of(pipeline))
     listeners = [*_recording.get(), *([_files.setdefault(parsed.report, Report())] if parsed.report else [])]
     for listener in listeners:
         listener.graphs.append(report)
         listener.faults.extend(f for f in registry.faults if f not in listener.faults)
     try:
-        compilation = _Compilation(parsed, registry, pipeline, report, is_read=bool(listeners))
+        compilation = _Compilation(parsed, registry, pipeline, plans, report, is_read=bool(listeners))
         compiled = compilation.run(module, inputs)
         registry.hook.effopt_compile_end(report=report)
     finally:
@@ -130,10 +136,12 @@ class _Compilation:
         options: Options,
         registry: Registry,
         pipeline: list[Pass],
+        plans: tuple[Plan, ...],
         report: GraphReport,
         is_read: bool = True,
     ) -> None:
         self.options, self.registry, self.pipeline, self.report = options, registry, pipeline, report
+        self.plans = Plans(plans, pipeline=report.pipeline)
         self.is_read = is_read
         watching = observers(
             registry,
@@ -193,6 +201,7 @@ class _Compilation:
             training=captured.training,
             approve=lambda p, m, r: hook.effopt_approve_rewrite(pass_=p, match=m, replacement=r),
             weights=weights,
+            plans=self.plans,
         )
         self.report.nodes_before = len(module.graph.nodes)
         self._survey("before", captured)

@@ -18,6 +18,10 @@ class PipelineError(EffoptError):
     """Passes that cannot be put in an order: a cycle, a conflict, or a missing requirement."""
 
 
+class PlanError(EffoptError, ValueError):
+    """A plan that does not fit the model, or that one of its graphs cannot carry out."""
+
+
 class PluginError(EffoptError):
     """A plugin that failed. Names the plugin and the hook; other plugins go on."""
 

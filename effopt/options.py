@@ -12,7 +12,6 @@ from effopt.errors import OptionError, unknown
 _CHOICES = {"verify": ("off", "first", "always"), "lowering": ("auto", "reference", "eager")}
 _TYPES: dict[str, tuple[type, ...]] = {
     "disable": (str, list, tuple),
-    "plans": (Mapping,),
     "inductor": (Mapping,),
     "release_weights": (bool,),
     "outline": (bool,),
@@ -33,8 +32,8 @@ class Options:
     pipeline: Any = None
     """Replaces the exact pipeline."""
     disable: Sequence[str] = ()
-    plans: Mapping[str, Any] = field(default_factory=dict)
-    """Plans by pass name. No pass in this version takes one: anything but empty is an error."""
+    plans: Any = ()
+    """A plan of `effopt.calibrate`, or several: their passes run, and decide as they say."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
     """Configuration entries handed to Inductor."""
     verify: str = "first"
@@ -82,10 +81,6 @@ class Options:
         if given.get("report") and not given["report"].endswith((".json", ".html")):
             got = given["report"]
             raise OptionError(f"option 'report' must be a path ending in .json or .html, got {got!r}")
-        if given.get("plans"):
-            raise OptionError(
-                "option 'plans' is for passes that take a plan; no pass in this version takes one"
-            )
         if given.get("release_weights"):
             raise OptionError(
                 "option 'release_weights' needs a pass that derives weights; none does in this version"

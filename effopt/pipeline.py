@@ -10,6 +10,7 @@ import networkx as nx
 
 from effopt.errors import OptionError, PipelineError, unknown
 from effopt.passes.base import Pass
+from effopt.passes.plan import Plan
 from effopt.plugins.manager import Registry
 
 _ITEM = re.compile(r"\s*(?P<name>[A-Za-z0-9_.-]+)\s*(?:\{(?P<options>[^{}]*)\})?\s*(?:,|$)")
@@ -80,7 +81,12 @@ def _make(name: str, options: Mapping[str, Any], registry: Registry) -> Pass:
 
 
 def build(
-    registry: Registry, *, passes: Any = (), pipeline: Any = None, disable: Sequence[str] = ()
+    registry: Registry,
+    *,
+    passes: Any = (),
+    pipeline: Any = None,
+    disable: Sequence[str] = (),
+    plans: Sequence[Plan] = (),
 ) -> list[Pass]:
     """The passes of one compile call, in order.
 
@@ -89,9 +95,10 @@ def build(
         passes: added to the exact pipeline; one of the same name replaces the default instance.
         pipeline: replaces the exact pipeline altogether.
         disable: names to leave out.
+        plans: their passes are added.
 
     Raises:
-        OptionError: unknown names or options.
+        OptionError: unknown names or options, or a pass asked for otherwise than its plan says.
         PipelineError: a cycle, a conflict or a missing requirement, named.
     """
     if pipeline is not None:
@@ -99,6 +106,11 @@ def build(
     else:
         chosen = {n: c.build({}) for n, c in registry.passes.items() if c.exact and c.default}
     chosen.update((p.name, p) for p in resolve(passes, registry))
+    for section in (s for plan in plans for s in plan.sections):
+        (planned,) = resolve(section.spec, registry)
+        asked = chosen.setdefault(planned.name, planned)
+        if asked != planned:
+            raise OptionError(f"{asked.spec()} was asked for, and the plan is of {section.spec}; use one")
     for name in disable:
         if name not in registry.passes and name not in chosen:
             raise unknown("pass to disable", name, registry.passes)

@@ -36,7 +36,7 @@ def message_of(options: dict[str, Any]) -> str:
         ({"lowering": "fast"}, ("'lowering'", "'fast'", "auto", "eager", "reference")),
         ({"verify": "alway"}, ("Did you mean 'always'?", "first", "off")),
         ({"verify": 3}, ("'verify'", "'3'")),
-        ({"plans": {"drop-layers": 1}}, ("'plans'", "no pass in this version takes one")),
+        ({"plans": {"drop-layers": 1}}, ("'plans'", "effopt.calibrate")),
         ({"release_weights": True}, ("'release_weights'", "in this version")),
         ({"rtol": 2.0}, ("'rtol' must lie in (0, 1), got 2.0",)),
         ({"rtol": "tight"}, ("'rtol' must be float or int, got 'tight' (str)",)),

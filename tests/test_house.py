@@ -31,6 +31,8 @@ LAYER = {
     "compile": 6,
     "": 7,  # effopt/__init__.py, which only re-exports
     "bench": 7,
+    "calibration": 6,
+    "caches": 6,
     "testing": 8,
     "commands": 9,
     "cli": 10,

@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,11 +21,13 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from effopt.errors import OptionError, unknown
+from effopt.errors import OptionError, PlanError, unknown
+from effopt.graph.analyses.layers import Layer, Stack, stacks
 from effopt.graph.driver import apply_rewrite
 from effopt.graph.pattern import OpBuilder
-from effopt.graph.rewrite import Approve, Emit, Match, PassResult
+from effopt.graph.rewrite import Approve, Emit, Match, PassResult, Reject
 from effopt.graph.weights import DerivedWeights
+from effopt.passes.plan import Plans, Section, describe, parameters_of
 from effopt.target import Target
 
 
@@ -53,6 +55,8 @@ class Context:
     """Asked by the driver before each rewrite is taken."""
     weights: DerivedWeights
     """Constants derived from parameters."""
+    plans: Plans = field(default_factory=Plans)
+    """Decisions of passes that plan: those given, and those taken in this graph."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,86 @@ class Rewrite(Pass):
 @dataclass(frozen=True)
 class GraphPass(Pass):
     """A pass over the whole graph, for what no pattern can say. Its docstring says why."""
+
+
+@dataclass(frozen=True)
+class RegionPass(Pass):
+    """A pass over the layers of a model: it decides, for each, and then does what was decided.
+
+    The layers are found by structure (`graph/analyses/layers.py`). The decisions come from a plan, if
+    one is given, else from `decide`; they are the same in every graph of the model, or an error.
+    """
+
+    exact: ClassVar[bool] = False
+    is_scored: ClassVar[bool] = False
+    """Whether `decide` needs scores, which only `effopt.calibrate` measures."""
+
+    def observe(self, layer: Layer) -> tuple[Node, ...]:
+        """The values of a layer that `score` looks at."""
+        return (layer.entry, layer.exit)
+
+    def score(self, *values: torch.Tensor) -> torch.Tensor:
+        """Scores of one batch, any shape: their mean over all batches is the layer's score."""
+        raise NotImplementedError(f"{self.name} is scored and has no score")
+
+    @abstractmethod
+    def decide(self, stack: Stack, scores: Sequence[float] | None, result: PassResult) -> Sequence[Any]:
+        """What to do with each layer, as JSON; None leaves a layer as it is.
+
+        Args:
+            stack: the layers.
+            scores: of each layer, if `is_scored`.
+            result: takes the reason for each layer that is left although it was asked for.
+        """
+
+    @abstractmethod
+    def enact(
+        self,
+        stack: Stack,
+        decisions: Sequence[Any],
+        module: GraphModule,
+        context: Context,
+        result: PassResult,
+    ) -> None:
+        """Do what was decided. Raises `Reject`, before any edit, if this graph does not allow it."""
+
+    def apply(self, module: GraphModule, context: Context) -> PassResult:
+        """Decide and enact over every stack of layers. Raises PlanError; nothing is half-applied."""
+        result = PassResult()
+        found = stacks(module.graph)
+        for node, reason in found.refused:
+            result.reject(self.name, node, reason)
+        chosen = [self._decisions(stack, context.plans, result) for stack in found]
+        scores = context.plans.scores.get(self.name, {})
+        described = [
+            describe(stack, decisions, [scores.get(layer.path) for layer in stack.layers])
+            for stack, decisions in zip(found, chosen, strict=True)
+        ]
+        context.plans.decided.append(Section(self.spec(), tuple(described)))
+        parameters = parameters_of(module.graph, context.weights.inputs)
+        context.plans.settle(self.spec(), parameters, found.found)
+        for stack, decisions in zip(found, chosen, strict=True):
+            if all(decision is None for decision in decisions):
+                continue
+            try:
+                self.enact(stack, decisions, module, context, result)
+            except Reject as why:
+                where = f" (at {why.node.name})" if why.node is not None else ""
+                raise PlanError(f"{self.spec()} cannot be carried out in this graph: {why}{where}") from why
+        return result
+
+    def _decisions(self, stack: Stack, plans: Plans, result: PassResult) -> Sequence[Any]:
+        section = plans.section(self.name)
+        if section is not None:
+            return section.decisions_for(stack)
+        scores = plans.scores.get(self.name)
+        if self.is_scored and scores is None:
+            raise PlanError(
+                f"{self.name} needs a plan: plan = effopt.calibrate(model, batches, {self.spec()!r}),"
+                ' then options={"plans": plan}'
+            )
+        measured = [scores[layer.path] for layer in stack.layers] if scores is not None else None
+        return self.decide(stack, measured, result)
 
 
 @functools.cache

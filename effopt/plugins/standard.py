@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule
 
-from effopt.errors import InvalidGraphError
+from effopt.errors import EffoptError, InvalidGraphError, PluginError
 from effopt.graph.rewrite import PassResult
 from effopt.graph.snapshot import Snapshot
 from effopt.graph.verify import check_graph
@@ -42,10 +42,15 @@ class RunPass:
                 raise TypeError(f"apply returned {type(result).__name__}, not a PassResult")
             if self.always_check or not built_in:
                 check_graph(module)
-        except Exception as error:  # noqa: BLE001 - whatever a pass raises is reported with its name
+        except Exception as error:
             if snapshot is not None:
                 snapshot.restore()
                 del context.weights.entries[derived:]
+            if not pass_.exact:
+                # Left out of one graph of a model and not of the others, it would mix two models.
+                raise (
+                    error if isinstance(error, EffoptError) else PluginError(_say(pass_, origin, error))
+                ) from error
             return PassResult(faults=[_say(pass_, origin, error)])
         result.faults = [f"{_named(pass_, origin)}: {fault}" for fault in result.faults]
         return result

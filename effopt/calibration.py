@@ -1,0 +1,169 @@
+"""Makes a plan: which layers, decided from the model and from batches of real data."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from effopt import pipeline as pipelines
+from effopt.errors import OptionError, PlanError
+from effopt.graph.analyses.layers import Layer, stacks
+from effopt.graph.capture import capture
+from effopt.graph.restore import restore
+from effopt.graph.weights import DerivedWeights
+from effopt.passes.base import Context, Pass, RegionPass
+from effopt.passes.plan import Plan, Plans, Section
+from effopt.plugins.manager import build_registry
+from effopt.target import target_of
+
+
+def calibrate(model: Callable[..., Any], batches: Iterable[Any], passes: Any, *, plugins: Any = ()) -> Plan:
+    """Decide what lossy passes do to each layer of a model, and write it down.
+
+    The batches are run once, one after the other, without gradients; only sums are kept of them. The
+    model is run in its mode of the moment: call `model.eval()` first if it has dropout.
+
+    Args:
+        model: a module, or a function of tensors.
+        batches: inputs of calls: mappings of keyword arguments, tuples of positional ones, or tensors.
+        passes: text, names or instances of passes that decide by layer, such as `drop-layers{keep=0.75}`.
+        plugins: plugin objects for this call only.
+
+    Returns:
+        A plan to save, print, or hand over as `options={"plans": plan}`.
+
+    Raises:
+        OptionError: an unknown pass, or one that does not decide by layer.
+        PlanError: no batches, no layers found, or a score that is not finite.
+    """
+    registry = build_registry(tuple(plugins))
+    asked = pipelines.resolve(passes, registry)
+    for pass_ in asked:
+        if not isinstance(pass_, RegionPass):
+            raise OptionError(f"{pass_.name} decides nothing by layer, so there is nothing to calibrate")
+    pipeline = pipelines.build(registry, passes=asked)
+    scored = [p for p in asked if isinstance(p, RegionPass) and p.is_scored]
+    calls = iter(batches)
+    first = next(calls, None)
+    if first is None:
+        raise PlanError("there are no batches to calibrate with; give at least one")
+    scores = _scores(model, itertools.chain([first], calls), pipeline, scored) if scored else {}
+    sections: list[Section] = []
+
+    def decide(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        plans = Plans(scores=scores, pipeline=f"calibration {id(sections)}")
+        runnable = _transformed(module, inputs, pipeline, plans)
+        _merge(sections, plans.decided)
+        return runnable.forward
+
+    _run(model, [first], decide)
+    if not any(section.stacks for section in sections):
+        raise PlanError("no stack of layers was found in the model; effopt.explain(model, ...) says why")
+    return Plan(tuple(sections))
+
+
+def _merge(sections: list[Section], found: Sequence[Section]) -> None:
+    """Add the stacks of one more graph to the sections of the same passes."""
+    for section in found:
+        place = next((i for i, s in enumerate(sections) if s.spec == section.spec), None)
+        if place is None:
+            sections.append(section)
+        else:
+            sections[place] = Section(section.spec, (*sections[place].stacks, *section.stacks))
+
+
+def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+def _run(model: Callable[..., Any], batches: Iterable[Any], backend: Callable[..., Any]) -> None:
+    compiled = torch.compile(model, backend=backend)
+    # A backend made for this call is compiled for anew, however often the model was compiled before.
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=sys.maxsize):
+        for batch in batches:
+            args, kwargs = _as_call(batch)
+            compiled(*args, **kwargs)
+
+
+def _transformed(
+    module: GraphModule, inputs: Sequence[Any], pipeline: Sequence[Pass], plans: Plans
+) -> GraphModule:
+    """The graph that Dynamo gave, after `pipeline`, runnable as it stands."""
+    captured = capture(module, inputs)
+    target = target_of(next((t.device for t in inputs if isinstance(t, torch.Tensor)), torch.device("cpu")))
+    weights = DerivedWeights(inputs)
+    context = Context(target, captured.training, lambda *_: None, weights, plans)
+    for pass_ in pipeline:
+        pass_.apply(captured.module, context)
+    return restore(captured, runs_eagerly=True)
+
+
+class _Means:
+    """Mean score by pass and layer, over everything seen."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[str, float]] = {}
+        self.counts: dict[str, dict[str, int]] = {}
+
+    def add(self, name: str, path: str, scores: torch.Tensor) -> None:
+        if not scores.isfinite().all():
+            raise PlanError(f"{name}: the score of layer {path!r} is not finite on a batch")
+        sums, counts = self.sums.setdefault(name, {}), self.counts.setdefault(name, {})
+        sums[path] = sums.get(path, 0.0) + float(scores.double().sum())
+        counts[path] = counts.get(path, 0) + scores.numel()
+
+    def result(self) -> dict[str, dict[str, float]]:
+        return {
+            name: {path: total / self.counts[name][path] for path, total in sums.items()}
+            for name, sums in self.sums.items()
+        }
+
+
+class _Watch(Interpreter):
+    """Runs a graph and scores the watched values as soon as the last of them is there."""
+
+    def __init__(
+        self, module: GraphModule, watched: Sequence[tuple[RegionPass, Layer]], means: _Means
+    ) -> None:
+        super().__init__(module)
+        self.watched, self.means = watched, means
+        self.wanted = {node for pass_, layer in watched for node in pass_.observe(layer)}
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen: dict[Node, Any] = {}
+        self.waiting = list(self.watched)
+        return super().run(*args, **kwargs)
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n in self.wanted:
+            self.seen[n] = value
+            for pass_, layer in [w for w in self.waiting if all(v in self.seen for v in w[0].observe(w[1]))]:
+                values = [self.seen[v] for v in pass_.observe(layer)]
+                self.means.add(pass_.name, layer.path, pass_.score(*values))
+                self.waiting.remove((pass_, layer))
+            needed = {v for pass_, layer in self.waiting for v in pass_.observe(layer)}
+            self.seen = {v: seen for v, seen in self.seen.items() if v in needed}
+        return value
+
+
+def _scores(
+    model: Callable[..., Any], batches: Iterable[Any], pipeline: Sequence[Pass], scored: Sequence[RegionPass]
+) -> dict[str, dict[str, float]]:
+    means = _Means()
+    before = list(itertools.takewhile(lambda p: not isinstance(p, RegionPass), pipeline))
+
+    def watch(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        runnable = _transformed(module, inputs, before, Plans())
+        layers = [layer for stack in stacks(runnable.graph) for layer in stack.layers]
+        return _Watch(runnable, [(p, layer) for p in scored for layer in layers], means).run
+
+    _run(model, batches, watch)
+    return means.result()

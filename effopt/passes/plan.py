@@ -1,0 +1,254 @@
+"""Plans: what an inexact pass decided, layer by layer, written down.
+
+A plan is made once (`effopt.calibrate`), can be printed, saved and read, and is carried out mechanically
+in every graph of the model: prefill, decode, every shape. A graph that it does not fit is an error that
+names the first difference, for a layer skipped in one graph and run in another would be a wrong result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from effopt.errors import OptionError, PlanError
+from effopt.graph.analyses.layers import Layer, Stack
+from effopt.graph.provenance import clean_path
+from effopt.graph.values import shape_of
+
+_FORMAT = "effopt-plan/1"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One layer in a plan."""
+
+    path: str
+    """Its module path, such as `model.layers.3`; counted, such as `layer 3`, where it has none."""
+    kind: str
+    """Class of its module; empty where it has none."""
+    decision: Any
+    """What is done to it, as JSON; None leaves it as it is."""
+    score: float | None = None
+    """What calibration measured of it."""
+
+
+@dataclass(frozen=True)
+class PlannedStack:
+    """The layers of one residual stream, in order."""
+
+    width: int
+    """Size of the stream's last dimension."""
+    layers: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What one pass decided."""
+
+    spec: str
+    """The pass in text form, options included."""
+    stacks: tuple[PlannedStack, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the pass."""
+        return self.spec.split("{")[0]
+
+    def decisions_for(self, stack: Stack) -> tuple[Any, ...]:
+        """The decisions for the layers of a stack, in order. Raises PlanError with the first difference."""
+        found = describe(stack)
+        named = {entry.path: planned for planned in self.stacks for entry in planned.layers}
+        planned = next((named[e.path] for e in found.layers if e.path in named), None)
+        if planned is None:
+            known = ", ".join(e.path for s in self.stacks for e in (s.layers[0], s.layers[-1]))
+            raise PlanError(
+                f"the plan of {self.spec} does not fit this model: it has no layer {found.layers[0].path!r}"
+                f" (its stacks begin and end with {known or 'nothing'})"
+            )
+        difference = _difference(planned, found)
+        if difference:
+            raise PlanError(f"the plan of {self.spec} does not fit this model: {difference}")
+        return tuple(entry.decision for entry in planned.layers)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions of one or more passes for one model."""
+
+    sections: tuple[Section, ...]
+
+    def __str__(self) -> str:
+        lines = []
+        for section in self.sections:
+            lines.append(section.spec)
+            for entry in (e for stack in section.stacks for e in stack.layers):
+                done = "as it is" if entry.decision is None else json.dumps(entry.decision)
+                score = "" if entry.score is None else f"  score {entry.score:.6f}"
+                lines.append(f"  {entry.path}: {done}{score}")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The plan as JSON text (layout `effopt-plan/1`)."""
+        sections = [
+            {
+                "pass": section.spec,
+                "stacks": [
+                    {"width": stack.width, "layers": [vars(entry) for entry in stack.layers]}
+                    for stack in section.stacks
+                ],
+            }
+            for section in self.sections
+        ]
+        return json.dumps({"format": _FORMAT, "sections": sections}, indent=1)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read what `to_json` wrote. Raises PlanError if it is something else."""
+        try:
+            data = json.loads(text)
+            if data["format"] != _FORMAT:
+                raise PlanError(f"the plan has format {data['format']!r}; this version reads {_FORMAT!r}")
+            return Plan(tuple(_section(s) for s in data["sections"]))
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"this is not a plan ({type(error).__name__}: {error})") from error
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan that `save` wrote. Raises PlanError if the file holds something else."""
+        return Plan.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _section(data: Mapping[str, Any]) -> Section:
+    stacks = tuple(
+        PlannedStack(int(s["width"]), tuple(Entry(**entry) for entry in s["layers"])) for s in data["stacks"]
+    )
+    return Section(str(data["pass"]), stacks)
+
+
+def describe(
+    stack: Stack, decisions: Sequence[Any] | None = None, scores: Sequence[float | None] | None = None
+) -> PlannedStack:
+    """A stack of a graph as a plan records it."""
+    count = len(stack.layers)
+    entries = zip(stack.layers, decisions or [None] * count, scores or [None] * count, strict=True)
+    width = shape_of(stack.layers[0].entry)[-1]
+    return PlannedStack(int(width), tuple(Entry(x.path, _kind(x), d, s) for x, d, s in entries))
+
+
+def _kind(layer: Layer) -> str:
+    for node in layer.nodes:
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+            if clean_path(str(path)) == layer.path:
+                return getattr(kind, "__name__", str(kind).rpartition(".")[2])
+    return ""
+
+
+def _difference(planned: PlannedStack, found: PlannedStack) -> str | None:
+    """The first way in which a stack is not the planned one, or None."""
+    for index, (was, now) in enumerate(zip(planned.layers, found.layers, strict=False)):
+        if was.path != now.path:
+            return f"layer {index} is {now.path!r}, planned was {was.path!r}"
+        if was.kind != now.kind:
+            return f"{now.path!r} is a {now.kind or 'part without a module'}, planned was {was.kind!r}"
+    if len(planned.layers) != len(found.layers):
+        return f"it has {len(found.layers)} layers, the plan {len(planned.layers)}"
+    if planned.width != found.width:
+        return f"{found.layers[0].path!r} is {found.width} wide, planned was {planned.width}"
+    return None
+
+
+@dataclass
+class Plans:
+    """The plans of one compile call: those given, what calibration measured, and what was decided."""
+
+    given: tuple[Plan, ...] = ()
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Pass name -> layer path -> score, while `effopt.calibrate` makes a plan."""
+    decided: list[Section] = field(default_factory=list)
+    """The decisions taken in this graph, in the order of the passes."""
+    pipeline: str = ""
+    """Text of the pipeline. Under one pipeline and one plan, all graphs of a model must agree."""
+
+    @property
+    def identity(self) -> str:
+        """Equal for compile calls whose decisions must agree."""
+        return "|".join((self.pipeline, *(plan.to_json() for plan in self.given)))
+
+    def section(self, name: str) -> Section | None:
+        """What a given plan says for a pass."""
+        return next((s for plan in self.given for s in plan.sections if s.name == name), None)
+
+    def settle(self, spec: str, parameters: Mapping[Any, Any], stacks: Sequence[Stack]) -> None:
+        """Check the decisions against the other graphs of the model, and remember them.
+
+        Args:
+            spec: text form of the pass; its decisions are the last of `decided`.
+            parameters: placeholder -> the real parameter.
+            stacks: those that were decided, in the order of the section.
+
+        Raises:
+            PlanError: another graph of this model, in this pipeline, decided otherwise.
+        """
+        fates: dict[Any, dict[int, Any]] = {p: {} for p in parameters.values()}
+        paths: dict[Any, str] = {}
+        for stack, planned in zip(stacks, self.decided[-1].stacks, strict=True):
+            for position, (layer, entry) in enumerate(zip(stack.layers, planned.layers, strict=True)):
+                for operand in (a for node in layer.nodes for a in node.all_input_nodes):
+                    if operand in parameters:
+                        fates[parameters[operand]][position] = entry.decision
+                        paths[parameters[operand]] = entry.path
+        for parameter, fate in fates.items():
+            was = _settled.setdefault(parameter, {}).setdefault((self.identity, spec), fate)
+            if was != fate:
+                raise PlanError(
+                    f"{spec}: layer {paths.get(parameter, '')!r} {_told(was)} in an earlier graph of this"
+                    f" model and {_told(fate)} in this one, which would mix two models. Make one plan for all"
+                    f" graphs: effopt.calibrate(model, batches, {spec!r}); or compile the model as one graph"
+                )
+
+
+_settled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Parameter -> (identity of `Plans`, pass) -> position in its stack -> decision."""
+
+
+def _told(fate: Mapping[int, Any]) -> str:
+    if not fate:
+        return "was in no stack of layers"
+    decisions = [d for d in fate.values() if d is not None]
+    return f"was decided {json.dumps(decisions[0])}" if decisions else "stayed as it is"
+
+
+def plans_from(given: Any) -> tuple[Plan, ...]:
+    """What option `plans` holds: a plan, or several. Raises OptionError."""
+    plans = (given,) if isinstance(given, Plan) else tuple(given)
+    for plan in plans:
+        if not isinstance(plan, Plan):
+            raise OptionError(
+                f"option 'plans' must hold plans of effopt.calibrate or effopt.Plan.load, got {plan!r}"
+                f" ({type(plan).__name__})"
+            )
+    names = [section.name for plan in plans for section in plan.sections]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice:
+        raise OptionError(f"option 'plans' holds two plans for {twice!r}")
+    return plans
+
+
+def parameters_of(graph: Graph, inputs: Sequence[Any]) -> dict[Any, torch.nn.Parameter]:
+    """Placeholder -> the real parameter that it reads."""
+    nodes = graph.find_nodes(op="placeholder")
+    pairs = zip(nodes, inputs, strict=False)
+    return {node: value for node, value in pairs if isinstance(value, torch.nn.Parameter)}
