@@ -17,12 +17,12 @@ from effopt import pipeline as pipelines
 from effopt.backends import inductor, run_time
 from effopt.backends.lower import lower
 from effopt.backends.outline import outline
-from effopt.errors import CaptureRefused
+from effopt.errors import CaptureRefused, PlanError
 from effopt.graph.capture import Captured, capture
 from effopt.graph.restore import restore
 from effopt.graph.weights import DerivedWeights
 from effopt.options import Options
-from effopt.passes.base import Context, Pass
+from effopt.passes.base import Context, Pass, RegionPass
 from effopt.passes.plan import Plan, Plans, plans_from
 from effopt.plugins.manager import Registry, build_registry
 from effopt.plugins.observers import observers
@@ -175,13 +175,30 @@ class _Compilation:
                 captured = capture(module, inputs)
         except CaptureRefused as why:
             self.report.refused = str(why)
+            self._refuse_unplanned(f"it is left as it is: {why}")
             return self._hand_over(module, inputs)
         # Casts are nodes of the captured graph: from here on, autocast would make them a second time.
         with torch._C._DisableAutocast():
             compiled = self._compile(captured, inputs)
         if torch._C._is_any_autocast_enabled():
             compiled = run_time.without_autocast(compiled)
-        return run_time.unless_storage_is_shared(compiled, captured.mutated, inputs, module)
+        return run_time.unless_storage_is_shared(compiled, captured.mutated, inputs, self._original(module))
+
+    def _original(self, module: GraphModule) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            self._refuse_unplanned("two of its inputs share memory, and one of them is written")
+            return module(*inputs)
+
+        return run
+
+    def _refuse_unplanned(self, why: str) -> None:
+        """Layers left out of one graph and run in another would mix two models. Raises PlanError."""
+        planned = [p.spec() for p in self.pipeline if isinstance(p, RegionPass)]
+        if planned:
+            raise PlanError(
+                f"{', '.join(planned)} cannot be carried out in a graph of this model: {why}. Compile only"
+                " the module that holds the layers, or leave the pass out"
+            )
 
     def _compile(self, captured: Captured, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.report.training = captured.training
