@@ -225,6 +225,7 @@ class _Compilation:
         hook.effopt_compile_start(module=module, options=self.options)
         for pass_ in self.pipeline:
             self.report.take(hook.effopt_run_pass(pass_=pass_, module=module, context=context))
+        self.report.planned = self.plans.decided
         module.graph.eliminate_dead_code()
         self.report.nodes_after = len(module.graph.nodes)
         overloads = {op.overload: op.name for op in self.registry.ops.values()}

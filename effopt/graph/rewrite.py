@@ -43,6 +43,9 @@ class Applied:
     layer: str
     source: str
     note: str = ""
+    bytes_before: int = 0
+    """Of the weights that were replaced; 0 where none were."""
+    bytes_after: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,19 @@ class PassResult:
     faults: list[str] = field(default_factory=list)
     """Exceptions of the pass itself; what they touched was undone."""
 
-    def apply(self, pass_name: str, op: str, node: Node, note: str = "") -> None:
-        """Record a change at `node`."""
-        self.applied.append(Applied(pass_name, op, node.name, layer_of(node), source_of(node), note))
+    def apply(
+        self,
+        pass_name: str,
+        op: str,
+        node: Node,
+        note: str = "",
+        *,
+        weight_bytes: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Record a change at `node`; `weight_bytes` are those of its weights before and after."""
+        self.applied.append(
+            Applied(pass_name, op, node.name, layer_of(node), source_of(node), note, *weight_bytes)
+        )
 
     def reject(self, pass_name: str, node: Node, reason: str) -> None:
         """Record that `node` was left alone."""

@@ -18,6 +18,7 @@ from effopt.graph.analyses.roofline import OpCost, roofline
 from effopt.graph.ops.base import Op
 from effopt.graph.printing import Line, lines, nodes_under, repeated_layer
 from effopt.graph.rewrite import Applied, PassResult, Rejected
+from effopt.passes.plan import Section
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,6 +58,8 @@ class GraphReport:
     """Why the whole graph was left as it is; empty if it was not."""
     applied: list[Applied] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+    planned: list[Section] = field(default_factory=list)
+    """What passes that decide layer by layer decided, in order."""
     ops: Counter[str] = field(default_factory=Counter)
     lowerings: list[LoweringRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -13,6 +13,7 @@ import torch
 
 from effopt.graph.provenance import template_of
 from effopt.plugins.render.block import block_section
+from effopt.plugins.render.compressed import compressed_layers, is_compressed
 from effopt.plugins.render.grouping import compact, kernels, natural, near_misses, short_source
 from effopt.plugins.render.quantities import change, duration, scaled
 from effopt.plugins.render.record import effopt_version
@@ -76,7 +77,9 @@ def _graph(graph: GraphReport, number: int, of: int) -> Iterator[str]:
         yield f'<section><p class="note">Left as it is: {escape(graph.refused)}</p></section>'
         return
     yield _section("What each pass did", _applied(graph))
-    yield _section("Layers", _layers(graph))
+    if is_compressed(graph):
+        yield _section("Compressed, layer by layer", compressed_layers(graph, table))
+    yield _section("Where it was done", _layers(graph))
     if graph.block is not None and graph.block.before:
         yield _section(*block_section(graph.block))
     if graph.op_costs:
