@@ -32,6 +32,7 @@ LAYER = {
     "": 7,  # effopt/__init__.py, which only re-exports
     "bench": 7,
     "calibration": 6,
+    "cache_layers": 5,
     "caches": 6,
     "testing": 8,
     "commands": 9,
