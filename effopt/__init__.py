@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effopt.backends.base import Lowering as Lowering
+    from effopt.caches import cache_for as cache_for
     from effopt.calibration import calibrate as calibrate
     from effopt.compile import explain as explain
     from effopt.compile import record as record
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "effopt.backends.base": ("Lowering",),
+    "effopt.caches": ("cache_for",),
     "effopt.calibration": ("calibrate",),
     "effopt.compile": ("explain", "record"),
     "effopt.errors": (
