@@ -102,6 +102,7 @@ def _transformed(
     context = Context(target, captured.training, lambda *_: None, weights, plans)
     for pass_ in pipeline:
         pass_.apply(captured.module, context)
+    weights.materialize(captured.module)
     return restore(captured, runs_eagerly=True)
 
 

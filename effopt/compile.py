@@ -205,11 +205,12 @@ class _Compilation:
         weights = DerivedWeights(inputs)
         self._transform(captured, inputs, weights)
         lowered = self._lower(captured, inputs)
+        weights.materialize(lowered)
         if self.options.outline and self.options.lowering != "eager":
             with self._timed("outline"):
                 self.report.outlined = outline(lowered, inputs, captured.training)
         compiled = self._hand_over(lowered, inputs)
-        return run_time.with_fresh_weights(compiled, lowered, weights)
+        return run_time.with_fresh_weights(compiled, weights)
 
     def _transform(self, captured: Captured, inputs: Sequence[Any], weights: DerivedWeights) -> None:
         module, hook = captured.module, self.registry.hook

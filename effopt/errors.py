@@ -34,6 +34,10 @@ class CaptureRefused(EffoptError):
     """A graph that effopt leaves as it is. The message is the reason; the model still runs."""
 
 
+class ReleasedWeightError(EffoptError, RuntimeError):
+    """Something reads a parameter whose memory option `release_weights` freed."""
+
+
 class CheckFailed(EffoptError):
     """A rewrite, or a lowering, whose result is not the result of what it replaces."""
 

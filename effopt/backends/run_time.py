@@ -6,21 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn import Module
 
 from effopt.graph.weights import DerivedWeights
 
 Compiled = Callable[..., Any]
 
 
-def with_fresh_weights(compiled: Compiled, module: Module, weights: DerivedWeights) -> Compiled:
+def with_fresh_weights(compiled: Compiled, weights: DerivedWeights) -> Compiled:
     """Derive constants again whose parameters have changed since."""
     if not weights.entries:
         return compiled
 
     def call(*inputs: Any) -> Any:
-        for entry in weights.entries:
-            entry.refresh(module, inputs)
+        weights.refresh(inputs)
         return compiled(*inputs)
 
     return call

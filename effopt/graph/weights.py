@@ -1,13 +1,14 @@
-"""Constants derived from parameters: packed, merged, quantised.
+"""Constants derived from parameters: packed, merged, quantised, laid out for a kernel.
 
-A derived constant is computed once from real parameters, held as a buffer of the lowered module,
-and computed again when one of its sources changes in place (seen by the version counter).
+A derivation is a pure function of parameters, or of other derived constants. Passes and lowerings may ask
+for many: only those that a graph still reads when it is compiled are computed. The graphs of a model share
+them, and they are computed again, in place, when a parameter was written or replaced.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,43 +16,149 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from effopt.graph.values import fake_mode_of
+from effopt.errors import ReleasedWeightError
+from effopt.graph.values import fake_call
 
-Derive = Callable[..., Tensor]
+Derive = Callable[..., Any]
+"""Pure function of tensors: a tensor, or a tuple of them, whose shapes do not hang on values."""
+State = tuple[Any, int, int]
 
 
-@dataclass
-class Derived:
-    """One derived constant and what it was made from."""
+@dataclass(frozen=True)
+class Part:
+    """One result of a derivation, as the source of another."""
+
+    of: Derivation
+    index: int
+    parameters: tuple[int, ...]
+    """Where the parameters of `of` stand among those of the derivation that reads this."""
+
+
+@dataclass(eq=False)
+class Derivation:
+    """Tensors made from parameters. `held` are those that a graph of this process reads."""
+
+    kind: str
+    derive: Derive
+    sources: tuple[int | Part, ...]
+    """Positions among the parameters, or results of other derivations."""
+    states: tuple[State, ...]
+    """What `_state` was of each parameter when the held tensors were computed."""
+    count: int
+    """Results of `derive`."""
+    held: dict[int, Tensor] = field(default_factory=dict)
+
+    def evaluate(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """All results, from these tensors in place of the parameters."""
+        return self._apply(parameters, Derivation.evaluate)
+
+    def hold(self, wanted: Iterable[int], parameters: Sequence[Tensor]) -> None:
+        """Compute and keep the results `wanted`. Raises ReleasedWeightError as `refresh` does."""
+        self.refresh(parameters)
+        missing = [index for index in wanted if index not in self.held]
+        if missing:
+            made = self._compute(parameters)
+            self.held.update((i, _owned(made[i], parameters)) for i in missing)
+
+    def refresh(self, parameters: Sequence[Tensor]) -> None:
+        """Compute what is held again if a parameter changed since, in place so that compiled code sees it.
+
+        Raises:
+            ReleasedWeightError: a parameter that is needed was freed; or the held tensors are all that is
+                left of other parameters that were.
+        """
+        if self._is_current(parameters):
+            return
+        left = (was[0]() for was, p in zip(self.states, parameters, strict=True) if was[0]() is not p)
+        if self.held and any(p is not None and is_released(p) for p in left):
+            raise ReleasedWeightError(
+                f"{self.kind}: the graph is called with other parameters than those whose memory option"
+                " 'release_weights' freed. Compile each model, not a part that several share, or do not free"
+            )
+        if self.held:
+            made = self._compute(parameters)
+            with torch.inference_mode(False), torch.no_grad():
+                for index, tensor in self.held.items():
+                    tensor.copy_(made[index])
+        self.states = tuple(_state(p) for p in parameters)
+
+    def settle(self, parameters: Sequence[Tensor]) -> None:
+        """Take the parameters as they are now, freed perhaps, for what the held tensors were made of."""
+        self.states = tuple(_state(p) for p in parameters)
+
+    def _is_current(self, parameters: Sequence[Tensor]) -> bool:
+        return all(_is_in_state(p, was) for p, was in zip(parameters, self.states, strict=True))
+
+    def _compute(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if any(is_released(parameters[s]) for s in self.sources if isinstance(s, int)):
+            shapes = ", ".join(str(list(p.shape)) for p in parameters)
+            raise ReleasedWeightError(
+                f"{self.kind} cannot be computed: its weight {shapes} was freed by option"
+                " 'release_weights', and no graph holds it in this form. Compile every graph of a"
+                " model with the same passes and options, or load the model again"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            return self._apply(parameters, Derivation._results)
+
+    def _results(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if len(self.held) == self.count and self._is_current(parameters):
+            return tuple(self.held[i] for i in range(self.count))
+        return self._compute(parameters)
+
+    def _apply(
+        self,
+        parameters: Sequence[Tensor],
+        resolve: Callable[[Derivation, Sequence[Tensor]], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        made: dict[Derivation, tuple[Tensor, ...]] = {}
+        operands = []
+        for source in self.sources:
+            if isinstance(source, int):
+                operands.append(parameters[source].detach())
+                continue
+            if source.of not in made:
+                made[source.of] = resolve(source.of, [parameters[i] for i in source.parameters])
+            operands.append(made[source.of][source.index])
+        result = self.derive(*operands)
+        return result if isinstance(result, tuple) else (result,)
+
+
+_SHARED: weakref.WeakValueDictionary[Any, Derivation] = weakref.WeakValueDictionary()
+"""(kind, identities of the sources) -> derivation, as long as a graph reads it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A buffer of the graph module, and the result that it is."""
 
     name: str
-    sources: tuple[int, ...]
-    """Positions of the source parameters among the graph's inputs."""
-    derive: Derive
-    versions: tuple[Any, ...] = ()
-    """What `_state` was of the sources when the constant was computed."""
-
-    def refresh(self, module: torch.nn.Module, inputs: Sequence[Any]) -> None:
-        """Recompute if a source has changed since, in place so that compiled code sees it."""
-        tensors = [inputs[i] for i in self.sources]
-        if not all(_is_in_state(t, was) for t, was in zip(tensors, self.versions, strict=True)):
-            with torch.no_grad():
-                getattr(module, self.name).copy_(self.derive(*(t.detach() for t in tensors)))
-            self.versions = tuple(_state(t) for t in tensors)
+    derivation: Derivation
+    index: int
+    inputs: tuple[int, ...]
+    """Positions of the derivation's parameters among the graph's inputs."""
 
 
-@dataclass
+@dataclass(eq=False)
 class DerivedWeights:
-    """The derived constants of one graph. `inputs` are the real example inputs of the compile call."""
+    """The derived constants of one graph."""
 
     inputs: Sequence[Any] = ()
-    entries: list[Derived] = field(default_factory=list)
-    cache: dict[Any, Tensor] = field(default_factory=dict)
-    """Shared by the graphs of one model: (kind, source tensors) -> derived tensor."""
+    """The real inputs of the compile call."""
+    entries: list[Entry] = field(default_factory=list)
+    _watched: list[tuple[int, State]] = field(default_factory=list)
 
     def is_weight(self, node: Any) -> bool:
         """Whether a node is a real parameter that a constant can be derived from."""
         return self._position(node) is not None
+
+    def is_constant(self, node: Any) -> bool:
+        """Whether a constant can be derived from a node: it is a parameter, or derived itself."""
+        return self.is_weight(node) or self._entry(node) is not None
+
+    def parameter(self, node: Node) -> torch.nn.Parameter | None:
+        """The real parameter that a placeholder reads, or None."""
+        position = self._position(node)
+        return None if position is None else self.inputs[position]
 
     def _position(self, node: Any) -> int | None:
         if not isinstance(node, Node) or node.op != "placeholder":
@@ -61,45 +168,136 @@ class DerivedWeights:
             return None
         return position if isinstance(self.inputs[position], torch.nn.Parameter) else None
 
-    def derive(self, module: GraphModule, kind: str, derive: Derive, *sources: Node) -> Node:
-        """A node that reads `derive(*sources)`, computed now and kept up to date.
+    def _entry(self, node: Any) -> Entry | None:
+        if not isinstance(node, Node) or node.op != "get_attr":
+            return None
+        return next((e for e in self.entries if e.name == node.target), None)
+
+    def derive(self, module: GraphModule, kind: str, derive: Derive, *sources: Node) -> Any:
+        """Nodes that read `derive(*sources)`: one, or a tuple of them if it gives a tuple.
+
+        Nothing is computed before `materialize`. Asking again for the same gives the same nodes.
 
         Args:
-            module: the graph module that gets the constant.
-            kind: names the derivation; with the sources it is the cache key.
-            derive: function of the source tensors, without gradient.
-            sources: placeholder nodes of parameters.
+            module: the graph module that gets the constants.
+            kind: names the derivation and all its settings; with the sources it is the key of sharing.
+            derive: see `Derive`; without gradient.
+            sources: nodes for which `is_constant` holds.
         """
-        positions = tuple(self._position(s) for s in sources)
-        if any(p is None for p in positions):
-            raise ValueError(f"{kind}: derived constants need parameters as sources, got {sources}")
-        tensors = [self.inputs[p] for p in positions if p is not None]
-        key = (kind, *(id(t) for t in tensors))
-        if key not in self.cache:
-            with torch.no_grad():
-                self.cache[key] = derive(*(t.detach() for t in tensors))
-        name = f"_derived_{len(self.entries)}"
-        module.register_buffer(name, self.cache[key])
-        versions = tuple(_state(t) for t in tensors)
-        self.entries.append(Derived(name, tuple(p for p in positions if p is not None), derive, versions))
-        last_placeholder = list(module.graph.find_nodes(op="placeholder"))[-1]
-        with module.graph.inserting_after(last_placeholder):
-            node = module.graph.get_attr(name)
-        mode = last_placeholder_mode(module)
-        node.meta["val"] = mode.from_tensor(self.cache[key]) if mode else self.cache[key]
-        return node
+        fakes = fake_call(derive, sources, {})
+        is_tuple = isinstance(fakes, tuple)
+        derivation, inputs = self._derivation(kind, derive, sources, len(fakes) if is_tuple else 1)
+        known = {e.index: e.name for e in self.entries if e.derivation is derivation}
+        nodes = []
+        for index, fake in enumerate(fakes if is_tuple else (fakes,)):
+            found = module.graph.find_nodes(op="get_attr", target=known.get(index, ""))
+            if found:
+                nodes.append(found[0])
+                continue
+            name = _free_name(module, len(self.entries))
+            module.register_buffer(name, fake)
+            self.entries.append(Entry(name, derivation, index, inputs))
+            with module.graph.inserting_after(list(module.graph.find_nodes(op="placeholder"))[-1]):
+                nodes.append(module.graph.get_attr(name))
+            nodes[-1].meta["val"] = fake
+        return tuple(nodes) if is_tuple else nodes[0]
+
+    def _derivation(
+        self, kind: str, derive: Derive, sources: Sequence[Node], count: int
+    ) -> tuple[Derivation, tuple[int, ...]]:
+        inputs: list[int] = []
+        parts: list[int | Part] = []
+        for source in sources:
+            entry, position = self._entry(source), self._position(source)
+            needed = entry.inputs if entry is not None else (position,)
+            if None in needed:
+                raise ValueError(f"{kind}: derived constants need parameters as sources, got {sources}")
+            inputs.extend(i for i in needed if i is not None and i not in inputs)
+            at = tuple(inputs.index(i) for i in needed if i is not None)
+            parts.append(at[0] if entry is None else Part(entry.derivation, entry.index, at))
+        parameters = [self.inputs[i] for i in inputs]
+        identities = ((id(p.of), p.index) if isinstance(p, Part) else id(parameters[p]) for p in parts)
+        key = (kind, *identities)
+        found = _SHARED.get(key)
+        if found is None or not all(s[0]() is p for s, p in zip(found.states, parameters, strict=True)):
+            found = Derivation(kind, derive, tuple(parts), tuple(_state(p) for p in parameters), count)
+            _SHARED[key] = found
+        return found, tuple(inputs)
+
+    def evaluate(self, name: str, given: Mapping[int, Tensor]) -> Tensor:
+        """What a constant would be if the input at each position were the tensor given for it."""
+        entry = next(e for e in self.entries if e.name == name)
+        return entry.derivation.evaluate([given[i] for i in entry.inputs])[entry.index]
+
+    def materialize(self, module: GraphModule) -> None:
+        """Compute the constants that the graph still reads, or take over those of another graph.
+
+        Raises:
+            ReleasedWeightError: a parameter that is needed was freed.
+        """
+        read = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
+        for entry in self.entries:
+            if entry.name not in read:
+                delattr(module, entry.name)
+        self.entries = [entry for entry in self.entries if entry.name in read]
+        wanted: dict[Derivation, list[Entry]] = {}
+        for entry in self.entries:
+            wanted.setdefault(entry.derivation, []).append(entry)
+        for derivation, entries in wanted.items():
+            derivation.hold([e.index for e in entries], [self.inputs[i] for i in entries[0].inputs])
+            for entry in entries:
+                setattr(module, entry.name, derivation.held[entry.index])
+        self._watch()
+
+    def refresh(self, inputs: Sequence[Any]) -> None:
+        """Bring all constants up to date with the parameters of this call. Raises ReleasedWeightError."""
+        if all(_is_in_state(inputs[position], was) for position, was in self._watched):
+            return
+        for derivation, entry in {e.derivation: e for e in self.entries}.items():
+            derivation.refresh([inputs[i] for i in entry.inputs])
+        self._watch()
+
+    def settle(self) -> None:
+        """After parameters were freed: what is held was made of them and is all that is left."""
+        for derivation, entry in {e.derivation: e for e in self.entries}.items():
+            derivation.settle([self.inputs[i] for i in entry.inputs])
+        self._watch()
+
+    def _watch(self) -> None:
+        found = {i: s for e in self.entries for i, s in zip(e.inputs, e.derivation.states, strict=True)}
+        self._watched = list(found.items())
 
 
-def _state(source: Tensor) -> tuple[Any, int, int]:
+def is_released(source: Tensor) -> bool:
+    """Whether a tensor was freed: it has elements and no memory."""
+    if source.layout != torch.strided or not source.numel():
+        return False
+    return source.untyped_storage().nbytes() == 0
+
+
+def _owned(tensor: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The tensor with memory of its own: it is written in place, and that of the parameters may be freed."""
+    memory = tensor.untyped_storage()
+    shares = any(p.untyped_storage()._cdata == memory._cdata for p in parameters)
+    return tensor.clone() if shares or memory.nbytes() > tensor.numel() * tensor.element_size() else tensor
+
+
+def _state(source: Tensor) -> State:
     """What changes when a parameter is written, replaced (`module.weight = ...`) or given other `.data`."""
-    return weakref.ref(source), source.data_ptr(), source._version
+    return weakref.ref(source), source.data_ptr(), _version(source)
 
 
-def _is_in_state(source: Tensor, was: tuple[Any, int, int]) -> bool:
+def _version(source: Tensor) -> int:
+    return 0 if source.is_inference() else source._version
+
+
+def _is_in_state(source: Tensor, was: State) -> bool:
     reference, pointer, version = was
-    return reference() is source and source.data_ptr() == pointer and source._version == version
+    is_same: bool = reference() is source and source.data_ptr() == pointer and _version(source) == version
+    return is_same
 
 
-def last_placeholder_mode(module: GraphModule) -> Any:
-    """The fake mode of the graph's inputs, or None."""
-    return fake_mode_of([n.meta.get("val") for n in module.graph.find_nodes(op="placeholder")])
+def _free_name(module: GraphModule, number: int) -> str:
+    while hasattr(module, f"_derived_{number}"):
+        number += 1
+    return f"_derived_{number}"

@@ -168,16 +168,16 @@ class Verify:
         for i, node in enumerate(sampler.inputs):
             if node.op != "get_attr":
                 continue
-            if str(node.target) not in made:
+            entry = made.get(str(node.target))
+            if weights is None or entry is None:
                 values[i] = stored(node)
                 continue
-            entry = made[str(node.target)]
             placeholders = _placeholders([node])
-            sources = [placeholders[position] for position in entry.sources]
-            if any(s not in sampler.inputs for s in sources):
+            drawn = dict(zip(sampler.inputs, values, strict=True))
+            if any(placeholders[position] not in drawn for position in entry.inputs):
                 raise Unchecked("a derived constant whose parameter is not read by the original")
             with torch.no_grad():
-                values[i] = entry.derive(*(values[sampler.inputs.index(s)] for s in sources))
+                values[i] = weights.evaluate(entry.name, {p: drawn[placeholders[p]] for p in entry.inputs})
         return values
 
 

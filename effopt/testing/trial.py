@@ -151,6 +151,7 @@ def run_passes(trial: Trial, passes: Sequence[Pass], *, verify: str = "off") -> 
     )
     for pass_ in passes:
         report.take(registry.hook.effopt_run_pass(pass_=pass_, module=trial.module, context=context))
+    context.weights.materialize(trial.module)
     trial.module.recompile()
     report.faults.extend(registry.faults)
     return report
