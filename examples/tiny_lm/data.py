@@ -1,0 +1,183 @@
+"""What the tiny language model reads: the source of Python's standard library, and lines to be recalled.
+
+Everything here is a function of its arguments: a step's batch can be made again without the steps before it,
+on any machine that has the same Python version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+BEGIN = 256
+"""The token before the first byte of a file; the others are the 256 bytes."""
+VOCAB = 264
+"""Bytes and BEGIN, rounded up to a multiple of eight: the last seven never occur."""
+
+SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+"""Folders left out. Tests, because many systems ship Python without them. encodings, because a hundred
+generated character tables are so alike that those held out would already be known."""
+HELD_OUT_ONE_IN = 16
+
+KEY, VALUE = 4, 8
+"""Bytes of a key and of a value, all of them letters from LETTERS."""
+LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype=np.uint8)
+RECORD, QUERY = b"\n# note ", b"\n# recall "
+LINE = len(RECORD) + KEY + 3 + VALUE + 1
+"""Bytes of `\\n# note abcd = abcdefgh\\n`; the query is two longer."""
+SHORTEST = 2 * LINE + 2
+"""The shortest distance: a record, and its query right after it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file: its path below the standard library's folder, and its bytes."""
+
+    name: str
+    text: bytes
+
+    @property
+    def is_held_out(self) -> bool:
+        """Decided by the name alone, so that a file is on the same side in every Python version."""
+        return int(hashlib.sha256(self.name.encode()).hexdigest()[:8], 16) % HELD_OUT_ONE_IN == 0
+
+
+@cache
+def sources() -> tuple[Source, ...]:
+    """The `.py` files of the running Python's standard library that are UTF-8, sorted by name."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if SKIPPED & set(name.parts):
+            continue
+        text = path.read_bytes()
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text:
+            found.append(Source(name.as_posix(), text))
+    return tuple(found)
+
+
+def split() -> tuple[list[Source], list[Source]]:
+    """(training files, held-out files)."""
+    every = sources()
+    return [s for s in every if not s.is_held_out], [s for s in every if s.is_held_out]
+
+
+def tokens(source: Source) -> np.ndarray:
+    """BEGIN and the bytes, int16."""
+    return np.concatenate([[BEGIN], np.frombuffer(source.text, dtype=np.uint8)]).astype(np.int16)
+
+
+@cache
+def training_tokens() -> np.ndarray:
+    """All training files end to end, in an order that mixes the packages (that of their names' hashes)."""
+    files = sorted(split()[0], key=lambda s: hashlib.sha256(s.name.encode()).digest())
+    return np.concatenate([tokens(s) for s in files])
+
+
+@cache
+def _order(seed: int, length: int, epoch: int) -> tuple[int, np.ndarray]:
+    """One epoch's shift of the window grid, and the order of its windows."""
+    rng = np.random.default_rng([seed, length, epoch])
+    return int(rng.integers(length)), rng.permutation(len(training_tokens()) // length - 2)
+
+
+def window(seed: int, length: int, index: int) -> np.ndarray:
+    """The index-th window of `length` + 1 tokens: every token once per epoch, in a new order each epoch."""
+    count = len(training_tokens()) // length - 2
+    shift, order = _order(seed, length, index // count)
+    start = shift + int(order[index % count]) * length
+    return training_tokens()[start : start + length + 1]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A record line and its query in a sequence of tokens."""
+
+    record: int
+    """Where the record line begins."""
+    answer: int
+    """Where the value in the query line begins; it ends VALUE tokens later."""
+
+    @property
+    def distance(self) -> int:
+        """Tokens from the record's first to the answer's last: the context that an answer needs."""
+        return self.answer + VALUE - self.record
+
+
+def note(text: np.ndarray, at: int, rng: np.random.Generator) -> tuple[bytes, bytes]:
+    """Write a record line with a new (key, value) at `at`, in place, and return them."""
+    key, value = (bytes(rng.choice(LETTERS, n)) for n in (KEY, VALUE))
+    text[at : at + LINE] = np.frombuffer(RECORD + key + b" = " + value + b"\n", dtype=np.uint8)
+    return key, value
+
+
+def plant(text: np.ndarray, distance: int, record: int, rng: np.random.Generator) -> Pair:
+    """Write, in place, a record line at `record`, and its query such that the answer ends `distance` on."""
+    end = record + distance
+    if distance < SHORTEST:
+        raise ValueError(f"distance {distance} is too short for a record and a query: {SHORTEST} at least")
+    if record < 0 or end > len(text):
+        raise ValueError(f"a pair from {record} to {end} does not fit {len(text)} tokens")
+    key, value = note(text, record, rng)
+    query = np.frombuffer(QUERY + key + b" = " + value, dtype=np.uint8)
+    text[end - len(query) : end] = query
+    text[end : end + 1] = ord("\n")
+    return Pair(record, end - VALUE)
+
+
+def recall_sequence(text: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Pair]]:
+    """`text` with up to `count` pairs, places random, distances log-uniform; no line covers another."""
+    text, pairs, taken = text.copy(), [], np.zeros(len(text) + 1, dtype=bool)
+    for _ in range(4 * count):
+        if len(pairs) == count:
+            break
+        distance = int(np.exp(rng.uniform(np.log(SHORTEST), np.log(len(text)))))
+        record = int(rng.integers(0, len(text) - distance + 1))
+        end = record + distance + 1
+        spans = [slice(record, record + LINE), slice(end - LINE - 2, end)]
+        if any(taken[s].any() for s in spans):
+            continue
+        for s in spans:
+            taken[s] = True
+        pairs.append(plant(text, distance, record, rng))
+    return text, pairs
+
+
+def targets(text: np.ndarray, pairs: list[Pair]) -> np.ndarray:
+    """`text` moved by one, and -100 (no loss) where nobody could know: on keys and values of record lines."""
+    wanted = text.astype(np.int64)
+    for pair in pairs:
+        start = pair.record + len(RECORD)
+        wanted[start : start + KEY] = -100
+        wanted[start + KEY + 3 : start + KEY + 3 + VALUE] = -100
+    return wanted[1:]
+
+
+def batch(
+    seed: int, step: int, size: int, length: int, first: int, recall_share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step's (inputs, targets), int64 [size, length].
+
+    `first` counts the windows read before this step; `recall_share` is the chance that a sequence holds
+    pairs, one for every 96 tokens.
+    """
+    rng = np.random.default_rng([seed, step])
+    inputs, wanted = [], []
+    for i in range(size):
+        text, pairs = window(seed, length, first + i), []
+        if rng.random() < recall_share:
+            text, pairs = recall_sequence(text, max(1, length // 96), rng)
+        inputs.append(text[:-1].astype(np.int64))
+        wanted.append(targets(text, pairs))
+    return torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(wanted))
