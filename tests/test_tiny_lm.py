@@ -1,0 +1,236 @@
+"""The tiny language model: what it reads, how it is trained, measured and loaded."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from torch.nn import functional as F
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_lm"
+sys.path.insert(0, str(EXAMPLE))
+try:
+    attention, data, evaluate, ngram, tiny, train = (
+        importlib.import_module(name) for name in ("attention", "data", "evaluate", "ngram", "model", "train")
+    )
+finally:
+    sys.path.remove(str(EXAMPLE))
+
+NOTE = re.compile(rb"\n# note ([a-z]{4}) = ([a-z]{8})\n")
+RECALL = re.compile(rb"\n# recall ([a-z]{4}) = ([a-z]{8})(?=\n|$)")
+
+
+def text_of(row: Any) -> bytes:
+    """The bytes of a row of tokens; BEGIN becomes NUL."""
+    return bytes(c if c < 256 else 0 for c in row.tolist())
+
+
+class Fake:
+    """A model whose logits are a function of the tokens."""
+
+    training = False
+
+    def __init__(self, logits: Any) -> None:
+        self.logits = logits
+
+    def __call__(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits(input_ids))
+
+
+def test_split_is_by_name_and_disjoint() -> None:
+    training, held_out = data.split()
+    names = {s.name for s in training}, {s.name for s in held_out}
+    assert not names[0] & names[1]
+    assert len(training) + len(held_out) == len(data.sources())
+    assert "threading.py" in names[1]
+    assert "argparse.py" in names[0]
+    assert 0.02 < len(held_out) / len(data.sources()) < 0.12
+    assert not any(data.SKIPPED & set(s.name.split("/")) for s in data.sources())
+    assert data.Source("threading.py", b"other text").is_held_out
+
+
+def test_an_epoch_reads_every_window_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "training_tokens", lambda: np.arange(5000))
+    data._order.cache_clear()
+    count = 5000 // 64 - 2
+    first, second = ([data.window(3, 64, e * count + i) for i in range(count)] for e in (0, 1))
+    data._order.cache_clear()
+    for epoch in (first, second):
+        assert all(len(w) == 65 and (np.diff(w) == 1).all() for w in epoch)
+        assert len({int(t) for w in epoch for t in w[:-1]}) == count * 64
+    assert [w[0] for w in first] != [w[0] for w in second]
+
+
+def test_batch_is_a_function_of_its_arguments() -> None:
+    one, again, other = (data.batch(5, step, 3, 96, 12, 0.5) for step in (7, 7, 8))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not torch.equal(one[0], other[0])
+
+
+@pytest.mark.parametrize("length", [64, 256, 1024])
+def test_answers_are_in_the_context_and_nothing_unknowable_is_asked(length: int) -> None:
+    inputs, wanted = data.batch(0, 1, 8, length, 0, recall_share=1.0)
+    asked = 0
+    for row, target in zip(inputs, wanted, strict=True):
+        text = text_of(row)
+        notes = {m[1]: m for m in NOTE.finditer(text)}
+        for query in RECALL.finditer(text):
+            note = notes[query[1]]
+            assert note[2] == query[2]
+            assert note.end() <= query.start() + 1
+            asked += 1
+        hidden = {i for m in notes.values() for g in (1, 2) for i in range(*m.span(g))}
+        masked = {i + 1 for i in (target == -100).nonzero().flatten().tolist()}
+        assert hidden - {0} == masked - {len(row)}
+        seen = target[:-1] != -100
+        assert torch.equal(target[:-1][seen], row[1:][seen])
+    assert asked >= 8
+
+
+def test_without_recall_nothing_is_planted() -> None:
+    inputs, wanted = data.batch(0, 1, 2, 128, 0, recall_share=0.0)
+    assert torch.equal(inputs[:, 1:], wanted[:, :-1])
+
+
+@pytest.mark.parametrize("distance", [256, 512, 1024])
+def test_recall_case_has_its_distance(distance: int) -> None:
+    sequences, pairs = evaluate.recall_cases(distance, 3)
+    assert sequences.shape == (3, 1024)
+    for row, pair in zip(sequences, pairs, strict=True):
+        text = text_of(row)
+        (query,) = RECALL.finditer(text)
+        note = next(m for m in NOTE.finditer(text) if m[1] == query[1])
+        assert note[2] == query[2]
+        assert query.end() - note.start() == pair.distance == distance
+        assert query.start(2) == pair.answer
+        assert len(NOTE.findall(text)) == 5
+
+
+def test_a_pair_that_does_not_fit_is_an_error() -> None:
+    text, rng = np.zeros(100, dtype=np.int16), np.random.default_rng(0)
+    with pytest.raises(ValueError, match="too short for a record and a query: 50 at least"):
+        data.plant(text, 49, 0, rng)
+    with pytest.raises(ValueError, match="from 60 to 110 does not fit 100 tokens"):
+        data.plant(text, 50, 60, rng)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 24, 25, 100])
+def test_every_byte_is_counted_once(size: int) -> None:
+    uniform = Fake(lambda ids: torch.zeros(*ids.shape, data.VOCAB))
+    bits = evaluate.file_bits(uniform, data.Source("x", b"a" * size), context=16, stride=8)
+    assert bits == pytest.approx(size * math.log2(data.VOCAB))
+
+
+def test_recall_of_one_who_knows_and_one_who_does_not() -> None:
+    sequences, _ = evaluate.recall_cases(512, 4)
+    following = torch.cat([sequences[:, 1:], sequences[:, :1]], 1)
+    assert evaluate.recall(Fake(lambda ids: F.one_hot(following[: len(ids)])), 512, 4) == 1.0
+    assert evaluate.recall(Fake(lambda ids: F.one_hot(ids)), 512, 4) == 0.0
+
+
+def test_ngram_is_a_distribution_and_counts() -> None:
+    model = ngram.NGram.train([b"abab", b"abc"], order=2)
+    whole = sum(model.probabilities(b"a" + bytes([c]))[1] for c in range(256))
+    assert whole == pytest.approx(1.0)
+    a, b = (3 + 3 / 256) / (7 + 3), (3 + 3 / 256) / (7 + 3)
+    assert model.probabilities(b"ab") == pytest.approx([(2 + a) / (2 + 1), (3 + b) / (3 + 1)])
+    text = b"the cat sat on the mat; the cat sat"
+    assert ngram.NGram.train([text], 5).bits(text) < ngram.NGram.train([text], 1).bits(text)
+
+
+@pytest.mark.parametrize("length", [100, 256, 300])
+def test_attention_has_the_gradients_of_the_library_s(length: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, length, 32, requires_grad=True)
+    k, v = (torch.randn(2, 2, length, 32, requires_grad=True) for _ in range(2))
+    grad = torch.randn(2, 4, length, 32)
+    ours = attention.CausalAttention.apply(q, k, v, 0.17)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    theirs = F.scaled_dot_product_attention(*exact, is_causal=True, scale=0.17, enable_gqa=True)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    pairs = zip(
+        torch.autograd.grad(ours, (q, k, v), grad),
+        torch.autograd.grad(theirs, exact, grad.double()),
+        strict=True,
+    )
+    for got, expected in pairs:
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-5)
+
+
+def small(plan: str) -> tuple[Any, Any]:
+    whole = train.Plan(tuple(train.Stage.parse(p) for p in plan.split(",")), warmup=2)
+    attention.register()
+    of = tiny.config(layers=1, hidden=64, context=128)
+    return whole, train.Run.start(of, seed=0, attention=attention.NAME, rate=1e-2)
+
+
+def steps(run: Any, plan: Any, count: int) -> list[float]:
+    return [train.train_step(run, train.loss_of, plan, 0, 1e-2, 0.5) for _ in range(count)]
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path) -> None:
+    plan, whole = small("64x2:3,128x2:3:decay")
+    losses = steps(whole, plan, 6)
+    _, first = small("64x2:3,128x2:3:decay")
+    before = steps(first, plan, 4)
+    first.save(tmp_path / "state.pt", plan)
+    _, second = small("64x2:3,128x2:3:decay")
+    second.resume(tmp_path / "state.pt", plan)
+    assert before + steps(second, plan, 2) == losses
+    for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_stage_may_grow_but_not_change_behind_the_run(tmp_path: Path) -> None:
+    plan, run = small("64x2:2")
+    steps(run, plan, 2)
+    run.save(tmp_path / "state.pt", plan)
+    longer, again = small("64x2:3,128x1:1:decay")
+    again.resume(tmp_path / "state.pt", longer)
+    assert again.step == 2
+    other, again = small("64x4:3")
+    with pytest.raises(typer.BadParameter, match=r"trained for 2 steps as \[\[64, 2, 2, 0\]\]"):
+        again.resume(tmp_path / "state.pt", other)
+
+
+def test_the_rate_warms_up_and_decays_to_nothing() -> None:
+    plan, _ = small("64x1:4,64x1:4:decay")
+    rates = [plan.rate(step) for step in range(plan.steps)]
+    assert rates[:5] == [0.5, 1.0, 1.0, 1.0, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 0.2
+    assert [plan.tokens_before(step) for step in (0, 1, 4, 8)] == [0, 64, 256, 512]
+
+
+@pytest.mark.parametrize("text", ["64", "64x2", "64x2:3:slow", "ax2:3", "64x2:3:decay:decay"])
+def test_a_stage_that_cannot_be_read_is_an_error(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="expected LENGTHxSIZE:STEPS"):
+        train.Stage.parse(text)
+
+
+def test_loading_checks_the_hash(tmp_path: Path) -> None:
+    model = tiny.build(tiny.config(layers=1, hidden=64))
+    with pytest.raises(tiny.CheckpointError, match=r"lacks model\.safetensors, config\.json, numbers\.json"):
+        tiny.load(tmp_path)
+    tiny.save(model, tmp_path)
+    weights = tmp_path / tiny.WEIGHTS
+    (tmp_path / tiny.NUMBERS).write_text(json.dumps({"sha256": tiny.sha256(weights)}))
+    loaded = tiny.load(tmp_path)
+    assert not loaded.training
+    for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs.to(torch.bfloat16).float())
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    with pytest.raises(tiny.CheckpointError, match="were measured on"):
+        tiny.load(tmp_path)
