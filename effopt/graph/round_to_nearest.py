@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effopt.graph.packing import unpack
+from effopt.graph.packing import pack, packed_length, unpack
+
+_MOST_ELEMENTS = 2**24
+"""Quantised at once: 64 MiB in float32, times the few copies that the arithmetic makes."""
 
 
 class Quantized(NamedTuple):
@@ -77,6 +80,22 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _nearest(grouped: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return (grouped / scale.to(grouped.dtype).unsqueeze(-1)).round().clamp(low, high).nan_to_num(0)
+
+
+def quantize_rows(weight: Tensor, *, bits: int, group: int, symmetric: bool) -> tuple[Tensor, ...]:
+    """`round_to_nearest` of `[n, k]`, packed: (packed, scale), and zero if not symmetric."""
+    rows = max(1, _MOST_ELEMENTS // max(1, weight.shape[-1]))
+    parts = []
+    for chunk in weight.split(rows):
+        codes, scale, zero = round_to_nearest(chunk, bits=bits, group=group, symmetric=symmetric)
+        parts.append((pack(codes, bits), scale) if zero is None else (pack(codes, bits), scale, zero))
+    return tuple(torch.cat(same) for same in zip(*parts, strict=True))
+
+
+def quantized_bytes(n: int, k: int, scale_bytes: int, *, bits: int, group: int, symmetric: bool) -> int:
+    """Bytes of what `quantize_rows` gives for `[n, k]`, scales of `scale_bytes` each."""
+    groups = group_count(k, group) * (scale_bytes if symmetric else scale_bytes + 1)
+    return n * (packed_length(k, bits) + groups)
 
 
 def dequantize(
