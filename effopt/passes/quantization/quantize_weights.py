@@ -71,7 +71,8 @@ class QuantizeWeights(GraphPass):
                 if why.reason:
                     result.reject(self.name, node, why.reason)
                 continue
-            result.apply(self.name, _kind(node), node, self._replace(node, source, module, context))
+            kind = "embedding" if node.target is _EMBEDDING else "linear"
+            result.apply(self.name, kind, node, self._replace(node, source, module, context))
         return result
 
     def _legal(self, node: Node, path: str, context: Context) -> WeightSource:
@@ -140,10 +141,6 @@ class QuantizeWeights(GraphPass):
 
 def _weight(node: Node) -> Node:
     return node.args[0 if node.target is _EMBEDDING else 1]  # type: ignore[return-value]
-
-
-def _kind(node: Node) -> str:
-    return "embedding" if node.target is _EMBEDDING else "linear"
 
 
 def _derive(steps: Sequence[Step], weight: torch.Tensor, **form: Any) -> tuple[torch.Tensor, ...]:
