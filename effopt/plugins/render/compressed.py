@@ -34,7 +34,7 @@ def compressed_rows(graph: GraphReport) -> list[tuple[str, str, str, str, str, s
     replaced = [a for a in graph.applied if a.bytes_before]
     lossy = {section.name for section in graph.planned} | {a.pass_name for a in replaced}
     refused = [r for r in graph.rejected if r.pass_name in lossy]
-    layers = list(decided) or _numbered(a.layer for a in (*replaced, *refused))
+    layers = list(decided) or _numbered([*(a.layer for a in replaced), *(r.layer for r in refused)])
     rows = [_row(path, decided.get(path, []), *_under(path, replaced, refused)) for path in layers]
 
     def outside(layer: str) -> bool:
