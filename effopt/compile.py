@@ -17,7 +17,8 @@ from effopt import pipeline as pipelines
 from effopt.backends import inductor, run_time
 from effopt.backends.lower import lower
 from effopt.backends.outline import outline
-from effopt.errors import CaptureRefused, PlanError
+from effopt.errors import CaptureRefused, OptionError, PlanError
+from effopt.graph import release
 from effopt.graph.capture import Captured, capture
 from effopt.graph.restore import restore
 from effopt.graph.weights import DerivedWeights
@@ -57,6 +58,11 @@ def _pipeline(parsed: Options, registry: Registry) -> tuple[list[Pass], tuple[Pl
     built = pipelines.build(
         registry, passes=parsed.passes, pipeline=parsed.pipeline, disable=parsed.disable, plans=plans
     )
+    if parsed.release_weights and not any(release.REPLACES in p.provides for p in built):
+        raise OptionError(
+            "option 'release_weights' frees parameters that a pass replaced, and no pass of this pipeline"
+            ' replaces any; add one: {"passes": "quantize-weights"}'
+        )
     return built, plans
 
 
@@ -176,7 +182,9 @@ class _Compilation:
         except CaptureRefused as why:
             self.report.refused = str(why)
             self._refuse_unplanned(f"it is left as it is: {why}")
-            return self._hand_over(module, inputs)
+            weights = DerivedWeights(inputs)
+            release.note_readers(module, weights)
+            return run_time.with_fresh_weights(self._hand_over(module, inputs), weights)
         # Casts are nodes of the captured graph: from here on, autocast would make them a second time.
         with torch._C._DisableAutocast():
             compiled = self._compile(captured, inputs)
@@ -187,6 +195,7 @@ class _Compilation:
     def _original(self, module: GraphModule) -> Callable[..., Any]:
         def run(*inputs: Any) -> Any:
             self._refuse_unplanned("two of its inputs share memory, and one of them is written")
+            release.refuse_released(inputs)
             return module(*inputs)
 
         return run
@@ -206,10 +215,13 @@ class _Compilation:
         self._transform(captured, inputs, weights)
         lowered = self._lower(captured, inputs)
         weights.materialize(lowered)
+        release.note_readers(lowered, weights)
         if self.options.outline and self.options.lowering != "eager":
             with self._timed("outline"):
                 self.report.outlined = outline(lowered, inputs, captured.training)
         compiled = self._hand_over(lowered, inputs)
+        if self.options.release_weights:
+            self.report.take(release.release(lowered, weights))
         return run_time.with_fresh_weights(compiled, weights)
 
     def _transform(self, captured: Captured, inputs: Sequence[Any], weights: DerivedWeights) -> None:

@@ -37,7 +37,7 @@ def message_of(options: dict[str, Any]) -> str:
         ({"verify": "alway"}, ("Did you mean 'always'?", "first", "off")),
         ({"verify": 3}, ("'verify'", "'3'")),
         ({"plans": {"drop-layers": 1}}, ("'plans'", "effopt.calibrate")),
-        ({"release_weights": True}, ("'release_weights'", "in this version")),
+        ({"release_weights": True}, ("'release_weights'", "no pass of this pipeline replaces any")),
         ({"rtol": 2.0}, ("'rtol' must lie in (0, 1), got 2.0",)),
         ({"rtol": "tight"}, ("'rtol' must be float or int, got 'tight' (str)",)),
         ({"disable": 3}, ("'disable' must be str or list or tuple, got 3 (int)",)),

@@ -13,9 +13,10 @@ Compiled = Callable[..., Any]
 
 
 def with_fresh_weights(compiled: Compiled, weights: DerivedWeights) -> Compiled:
-    """Derive constants again whose parameters have changed since."""
-    if not weights.entries:
+    """Derive constants again whose parameters have changed since; what reads parameters lives as long."""
+    if not any(isinstance(value, torch.nn.Parameter) for value in weights.inputs):
         return compiled
+    weights.forget_inputs()
 
     def call(*inputs: Any) -> Any:
         weights.refresh(inputs)

@@ -82,9 +82,14 @@ class Derivation:
                     tensor.copy_(made[index])
         self.states = tuple(_state(p) for p in parameters)
 
-    def settle(self, parameters: Sequence[Tensor]) -> None:
+    def settle(self) -> None:
         """Take the parameters as they are now, freed perhaps, for what the held tensors were made of."""
-        self.states = tuple(_state(p) for p in parameters)
+        self.states = tuple(_state(p) for p in self.parameters)
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The parameters that it was last computed from. None for one that is gone."""
+        return tuple(reference() for reference, _, _ in self.states)
 
     def _is_current(self, parameters: Sequence[Tensor]) -> bool:
         return all(_is_in_state(p, was) for p, was in zip(parameters, self.states, strict=True))
@@ -257,15 +262,19 @@ class DerivedWeights:
             derivation.refresh([inputs[i] for i in entry.inputs])
         self._watch()
 
-    def settle(self) -> None:
-        """After parameters were freed: what is held was made of them and is all that is left."""
-        for derivation, entry in {e.derivation: e for e in self.entries}.items():
-            derivation.settle([self.inputs[i] for i in entry.inputs])
-        self._watch()
+    def forget_inputs(self) -> None:
+        """After compiling: keep no parameter alive that the model has replaced."""
+        self.inputs = ()
 
     def _watch(self) -> None:
         found = {i: s for e in self.entries for i, s in zip(e.inputs, e.derivation.states, strict=True)}
         self._watched = list(found.items())
+
+
+def derivations_of(parameter: Tensor) -> list[Derivation]:
+    """All derivations of this process that read a parameter, and whose parameters are all there."""
+    found = [d for d in _SHARED.values() if any(p is parameter for p in d.parameters)]
+    return [d for d in found if all(p is not None for p in d.parameters)]
 
 
 def is_released(source: Tensor) -> bool:

@@ -34,6 +34,7 @@ class PackProjections(GraphPass):
     name: ClassVar[str] = "pack-projections"
     stage: ClassVar[Stage] = Stage.FUSE
     default: ClassVar[bool] = False
+    provides: ClassVar[tuple[str, ...]] = ("replaced weights",)
 
     def apply(self, module: GraphModule, context: Context) -> PassResult:
         """Pack each group of layers that share input, dtype, and having a bias or not."""
