@@ -42,6 +42,10 @@ class CheckFailed(EffoptError):
     """A rewrite, or a lowering, whose result is not the result of what it replaces."""
 
 
+class QualityError(EffoptError, ValueError):
+    """Texts that a model cannot be judged by, or a figure that is not a finite number."""
+
+
 class UnexpectedOps(EffoptError, AssertionError):
     """A model that compiled to other canonical ops than its manifest says. Lists them and the near-misses."""
 
