@@ -79,27 +79,27 @@ def test_batch_is_a_function_of_its_arguments() -> None:
 
 @pytest.mark.parametrize("length", [64, 256, 1024])
 def test_answers_are_in_the_context_and_nothing_unknowable_is_asked(length: int) -> None:
-    inputs, wanted = data.batch(0, 1, 8, length, 0, recall_share=1.0)
+    tokens, weights = data.batch(0, 1, 8, length, 0, recall_share=1.0, answer_weight=4.0)
     asked = 0
-    for row, target in zip(inputs, wanted, strict=True):
+    for row, weight in zip(tokens, weights, strict=True):
         text = text_of(row)
         notes = {m[1]: m for m in NOTE.finditer(text)}
         for query in RECALL.finditer(text):
             note = notes[query[1]]
             assert note[2] == query[2]
             assert note.end() <= query.start() + 1
+            assert (weight[query.start(2) - 1 : query.end(2) - 1] == 4).all()
             asked += 1
         hidden = {i for m in notes.values() for g in (1, 2) for i in range(*m.span(g))}
-        masked = {i + 1 for i in (target == -100).nonzero().flatten().tolist()}
-        assert hidden - {0} == masked - {len(row)}
-        seen = target[:-1] != -100
-        assert torch.equal(target[:-1][seen], row[1:][seen])
+        assert {i + 1 for i in (weight == 0).nonzero().flatten().tolist()} == hidden
+        assert int((weight == 4).sum()) == 8 * len(RECALL.findall(text))
     assert asked >= 8
 
 
 def test_without_recall_nothing_is_planted() -> None:
-    inputs, wanted = data.batch(0, 1, 2, 128, 0, recall_share=0.0)
-    assert torch.equal(inputs[:, 1:], wanted[:, :-1])
+    tokens, weights = data.batch(0, 1, 2, 128, 5, recall_share=0.0, answer_weight=4.0)
+    assert (weights == 1).all()
+    assert (tokens[1] == torch.from_numpy(data.window(0, 128, 6))).all()
 
 
 @pytest.mark.parametrize("distance", [256, 512, 1024])
@@ -199,7 +199,7 @@ def test_a_stage_may_grow_but_not_change_behind_the_run(tmp_path: Path) -> None:
     again.resume(tmp_path / "state.pt", longer)
     assert again.step == 2
     other, again = small("64x4:3")
-    with pytest.raises(typer.BadParameter, match=r"trained for 2 steps as \[\[64, 2, 2, 0\]\]"):
+    with pytest.raises(typer.BadParameter, match="trained for 2 steps as 64x2:2, but the plan has 64x4:2"):
         again.resume(tmp_path / "state.pt", other)
 
 
@@ -212,7 +212,14 @@ def test_the_rate_warms_up_and_decays_to_nothing() -> None:
     assert [plan.tokens_before(step) for step in (0, 1, 4, 8)] == [0, 64, 256, 512]
 
 
-@pytest.mark.parametrize("text", ["64", "64x2", "64x2:3:slow", "ax2:3", "64x2:3:decay:decay"])
+@pytest.mark.parametrize("text", ["64x2:3", "64x2:3:answers=4", "64x2:3:answers=2.5:decay", "64x2:3:decay"])
+def test_a_stage_is_written_as_it_is_read(text: str) -> None:
+    assert str(train.Stage.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["64", "64x2", "64x2:3:slow", "ax2:3", "64x2:3:decay:decay", "64x2:3:answers="]
+)
 def test_a_stage_that_cannot_be_read_is_an_error(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="expected LENGTHxSIZE:STEPS"):
         train.Stage.parse(text)

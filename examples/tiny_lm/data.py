@@ -154,30 +154,34 @@ def recall_sequence(text: np.ndarray, count: int, rng: np.random.Generator) -> t
     return text, pairs
 
 
-def targets(text: np.ndarray, pairs: list[Pair]) -> np.ndarray:
-    """`text` moved by one, and -100 (no loss) where nobody could know: on keys and values of record lines."""
-    wanted = text.astype(np.int64)
+def weights(length: int, pairs: list[Pair], answer_weight: float) -> np.ndarray:
+    """What each token but the first counts in the loss, float32 [length - 1].
+
+    0 for what nobody could know, the keys and values of record lines; `answer_weight` for the answers.
+    """
+    counts = np.ones(length, dtype=np.float32)
     for pair in pairs:
         start = pair.record + len(RECORD)
-        wanted[start : start + KEY] = -100
-        wanted[start + KEY + 3 : start + KEY + 3 + VALUE] = -100
-    return wanted[1:]
+        counts[start : start + KEY] = 0
+        counts[start + KEY + 3 : start + KEY + 3 + VALUE] = 0
+        counts[pair.answer : pair.answer + VALUE] = answer_weight
+    return counts[1:]
 
 
 def batch(
-    seed: int, step: int, size: int, length: int, first: int, recall_share: float
+    seed: int, step: int, size: int, length: int, first: int, recall_share: float, answer_weight: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step's (inputs, targets), int64 [size, length].
+    """One step's (tokens, int64 [size, length + 1]; weights of all but the first, float32 [size, length]).
 
     `first` counts the windows read before this step; `recall_share` is the chance that a sequence holds
     pairs, one for every 96 tokens.
     """
     rng = np.random.default_rng([seed, step])
-    inputs, wanted = [], []
+    rows, counts = [], []
     for i in range(size):
         text, pairs = window(seed, length, first + i), []
         if rng.random() < recall_share:
             text, pairs = recall_sequence(text, max(1, length // 96), rng)
-        inputs.append(text[:-1].astype(np.int64))
-        wanted.append(targets(text, pairs))
-    return torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(wanted))
+        rows.append(text.astype(np.int64))
+        counts.append(weights(len(text), pairs, answer_weight))
+    return torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(counts))

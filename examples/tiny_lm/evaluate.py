@@ -112,7 +112,7 @@ def _chunks(items: list[data.Pair], size: int) -> list[list[data.Pair]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def quick_check(model: Any, files: int = 6, size_bytes: int = 6000, count: int = 16) -> dict[str, float]:
+def quick_check(model: Any, files: int = 6, size_bytes: int = 3000, count: int = 16) -> dict[str, float]:
     """The figures drawn beside the loss: from the beginnings of a few held-out files, and a few queries."""
     was_training = model.training
     model.eval()

@@ -1,7 +1,8 @@
 """Train the tiny language model: `python examples/tiny_lm/train.py --help`. README.md has the command used.
 
-A plan is a list of stages, `LENGTHxSIZE:STEPS` (tokens a sequence, sequences a step, steps), the last of
-which may end in `:decay`: `256x16:2000,1024x4:600,1024x4:200:decay`. The rate is constant until the decay, so
+A plan is a list of stages, `LENGTHxSIZE:STEPS` (tokens a sequence, sequences a step, steps). `:answers=4`
+lets the answers of recall pairs count four times in the loss; the last stage may end in `:decay`:
+`256x16:2000,1024x4:600:answers=4,1024x4:200:answers=4:decay`. The rate is constant until the decay, so
 training can be stopped at any time (Ctrl-C or SIGTERM saves), and go on with a plan that has more steps, or
 decays from there.
 """
@@ -11,11 +12,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import attention
 import data
@@ -34,20 +36,24 @@ class Stage:
     length: int
     size: int
     steps: int
+    answer_weight: float = 1.0
     is_decay: bool = False
+
+    FORM: ClassVar = re.compile(
+        r"(?P<length>\d+)x(?P<size>\d+):(?P<steps>\d+)(:answers=(?P<answers>[\d.]+))?(?P<decay>:decay)?"
+    )
 
     @classmethod
     def parse(cls, text: str) -> Stage:
-        try:
-            shape, steps, *decay = text.split(":")
-            length, size = (int(n) for n in shape.split("x"))
-            if decay not in ([], ["decay"]):
-                raise ValueError(decay)
-            return cls(length, size, int(steps), decay == ["decay"])
-        except ValueError as error:
-            raise typer.BadParameter(
-                f"{text!r}: expected LENGTHxSIZE:STEPS or LENGTHxSIZE:STEPS:decay"
-            ) from error
+        found = cls.FORM.fullmatch(text)
+        if found is None:
+            raise typer.BadParameter(f"{text!r}: expected LENGTHxSIZE:STEPS[:answers=WEIGHT][:decay]")
+        length, size, steps = (int(found[name]) for name in ("length", "size", "steps"))
+        return cls(length, size, steps, float(found["answers"] or 1), found["decay"] is not None)
+
+    def __str__(self) -> str:
+        answers = "" if self.answer_weight == 1 else f":answers={self.answer_weight:g}"
+        return f"{self.length}x{self.size}:{self.steps}{answers}{':decay' * self.is_decay}"
 
 
 @dataclass(frozen=True)
@@ -82,15 +88,15 @@ class Plan:
         decay = 1 - math.sqrt(done / stage.steps) if stage.is_decay else 1.0
         return decay * min(1.0, (step + 1) / self.warmup)
 
-    def shapes(self, steps: int) -> list[list[Any]]:
-        """The first `steps` steps, in a form that can be compared with that of another plan."""
+    def done(self, steps: int) -> str:
+        """The plan of the first `steps` steps. A decay that goes on keeps its length: it set the rate."""
         found = []
         for stage in self.stages:
-            done = min(steps, stage.steps)
-            if done:
-                found.append([stage.length, stage.size, done, stage.steps if stage.is_decay else 0])
-            steps -= done
-        return found
+            count = min(steps, stage.steps)
+            if count:
+                found.append(str(stage if stage.is_decay else replace(stage, steps=count)))
+            steps -= count
+        return ",".join(found)
 
 
 @dataclass
@@ -118,17 +124,17 @@ class Run:
             "step": self.step,
             "losses": self.losses,
             "checks": self.checks,
-            "shapes": plan.shapes(self.step),
+            "done": plan.done(self.step),
         }
         torch.save(state, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
 
     def resume(self, path: Path, plan: Plan) -> None:
         state = torch.load(path, weights_only=True)
-        if (planned := plan.shapes(state["step"])) != state["shapes"]:
+        if (planned := plan.done(state["step"])) != state["done"]:
             raise typer.BadParameter(
-                f"{path} was trained for {state['step']} steps as {state['shapes']} "
-                f"([length, size, steps, decay]), but the plan has {planned} there"
+                f"{path} was trained for {state['step']} steps as {state['done']}, "
+                f"but the plan has {planned} there"
             )
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -148,20 +154,21 @@ def optimizers(model: Any, rate: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def loss_of(model: Any, inputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats. Matrix products in bfloat16, the rest and the weights in float32."""
-    positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
-    with torch.autocast(inputs.device.type, torch.bfloat16):
-        logits = model(input_ids=inputs, position_ids=positions, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-100)
+def loss_of(model: Any, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean cross-entropy in nats. Matrix products in bfloat16, all else and weights in float32."""
+    positions = torch.arange(weights.shape[1], device=tokens.device)[None]
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        logits = model(input_ids=tokens[:, :-1], position_ids=positions, use_cache=False).logits
+    losses = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return (losses * weights.flatten()).sum() / weights.sum()
 
 
 def train_step(run: Run, loss_fn: Any, plan: Plan, seed: int, rate: float, recall_share: float) -> float:
     """One step; returns its loss in bits per token."""
     stage, _ = plan.at(run.step)
     first = plan.tokens_before(run.step) // stage.length
-    inputs, wanted = data.batch(seed, run.step, stage.size, stage.length, first, recall_share)
-    loss = loss_fn(run.model, inputs, wanted)
+    shape = stage.size, stage.length, first
+    loss = loss_fn(run.model, *data.batch(seed, run.step, *shape, recall_share, stage.answer_weight))
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0, error_if_nonfinite=True)
     for optimizer in run.optimizers:
@@ -201,12 +208,8 @@ def draw(run: Run, path: Path) -> None:
 
 def described(run: Run, plan: Plan, seed: int, rate: float, recall_share: float) -> dict[str, Any]:
     """What was trained, and the command that does it again in one go."""
-    stages = [
-        f"{length}x{size}:{steps}" + (":decay" if decay else "")
-        for length, size, steps, decay in plan.shapes(run.step)
-    ]
     return {
-        "command": f"python examples/tiny_lm/train.py --folder RUN --plan {','.join(stages)} "
+        "command": f"python examples/tiny_lm/train.py --folder RUN --plan {plan.done(run.step)} "
         f"--rate {rate} --recall-share {recall_share} --seed {seed}",
         "is_decay_complete": plan.stages[-1].is_decay and run.step == plan.steps,
         "steps": run.step,
