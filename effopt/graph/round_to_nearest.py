@@ -66,7 +66,7 @@ def round_to_nearest(weight: Tensor, *, bits: int, group: int = 0, symmetric: bo
     else:
         most = 2**bits - 1
         low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-        scale = _stored(high / most - low / most, weight.dtype)
+        scale = _stored((high - low) / most, weight.dtype)
         zero = _nearest(-low.unsqueeze(-1), scale, 0, most).squeeze(-1)
         codes = (_nearest(grouped, scale, -most, most) + zero.unsqueeze(-1)).clamp(0, most)
         zero = zero.to(torch.uint8)
