@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,18 +31,6 @@ RECALL = re.compile(rb"\n# recall ([a-z]{4}) = ([a-z]{8})(?=\n|$)")
 def text_of(row: Any) -> bytes:
     """The bytes of a row of tokens; BEGIN becomes NUL."""
     return bytes(c if c < 256 else 0 for c in row.tolist())
-
-
-class Fake:
-    """A model whose logits are a function of the tokens."""
-
-    training = False
-
-    def __init__(self, logits: Any) -> None:
-        self.logits = logits
-
-    def __call__(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.logits(input_ids))
 
 
 def test_split_is_by_name_and_disjoint() -> None:
@@ -102,18 +88,27 @@ def test_without_recall_nothing_is_planted() -> None:
     assert (tokens[1] == torch.from_numpy(data.window(0, 128, 6))).all()
 
 
-@pytest.mark.parametrize("distance", [256, 512, 1024])
-def test_recall_case_has_its_distance(distance: int) -> None:
-    sequences, pairs = evaluate.recall_cases(distance, 3)
-    assert sequences.shape == (3, 1024)
-    for row, pair in zip(sequences, pairs, strict=True):
-        text = text_of(row)
+def test_recall_probes_have_their_distance() -> None:
+    probes = evaluate.recall_probes(3)
+    assert [p.distance for p in probes] == [256] * 3 + [512] * 3 + [1024] * 3
+    for probe in probes:
+        text = text_of(probe.tokens)
         (query,) = RECALL.finditer(text)
         note = next(m for m in NOTE.finditer(text) if m[1] == query[1])
         assert note[2] == query[2]
-        assert query.end() - note.start() == pair.distance == distance
-        assert query.start(2) == pair.answer
+        assert query.end() - note.start() == probe.distance
+        assert query.span(2) == probe.answer
         assert len(NOTE.findall(text)) == 5
+        assert len(text) == 1024
+    again = evaluate.recall_probes(2, [512])
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(again, probes[3:], strict=False))
+
+
+def test_held_out_texts_begin_with_the_token_before_their_first_byte() -> None:
+    texts, (_, held_out) = evaluate.held_out_texts(), data.split()
+    assert [t.name for t in texts] == [s.name for s in held_out]
+    assert all(int(t.tokens[0]) == data.BEGIN for t in texts)
+    assert all(bytes(t.tokens[1:].tolist()) == s.text for t, s in zip(texts, held_out, strict=True))
 
 
 def test_a_pair_that_does_not_fit_is_an_error() -> None:
@@ -122,20 +117,6 @@ def test_a_pair_that_does_not_fit_is_an_error() -> None:
         data.plant(text, 49, 0, rng)
     with pytest.raises(ValueError, match="from 60 to 110 does not fit 100 tokens"):
         data.plant(text, 50, 60, rng)
-
-
-@pytest.mark.parametrize("size", [1, 15, 16, 17, 24, 25, 100])
-def test_every_byte_is_counted_once(size: int) -> None:
-    uniform = Fake(lambda ids: torch.zeros(*ids.shape, data.VOCAB))
-    bits = evaluate.file_bits(uniform, data.Source("x", b"a" * size), context=16, stride=8)
-    assert bits == pytest.approx(size * math.log2(data.VOCAB))
-
-
-def test_recall_of_one_who_knows_and_one_who_does_not() -> None:
-    sequences, _ = evaluate.recall_cases(512, 4)
-    following = torch.cat([sequences[:, 1:], sequences[:, :1]], 1)
-    assert evaluate.recall(Fake(lambda ids: F.one_hot(following[: len(ids)])), 512, 4) == 1.0
-    assert evaluate.recall(Fake(lambda ids: F.one_hot(ids)), 512, 4) == 0.0
 
 
 def test_ngram_is_a_distribution_and_counts() -> None:

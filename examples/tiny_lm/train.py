@@ -197,7 +197,7 @@ def draw(run: Run, path: Path) -> None:
     top.legend()
     for distance in evaluate.DISTANCES:
         bottom.plot(
-            at, [check[f"recall_{distance}"] for check in run.checks], "o-", label=f"{distance} tokens"
+            at, [check[f"recall@{distance}"] for check in run.checks], "o-", label=f"{distance} tokens"
         )
     bottom.set(ylim=(-0.02, 1.02), xlabel="million tokens read", ylabel="recall: whole value right")
     bottom.legend()
