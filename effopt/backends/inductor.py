@@ -5,8 +5,8 @@ Only public seams: `torch._inductor.compile` and its options.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule
 
 from effopt.backends.aliasing import SettleAliases
+from effopt.backends.outline import OUTLINED
 
 _invoke = torch.ops.higher_order.invoke_subgraph
 
@@ -45,8 +46,9 @@ def compile_graph(
         "unsafe_marked_cacheable_functions": marked,
         "post_grad_custom_pre_pass": _first(SettleAliases(), options.get("post_grad_custom_pre_pass")),
     }
-    with _own_buffers(module):
-        return inductor.compile(module, list(inputs), options=patches)
+    with _own_buffers(module), _known_to_write_nothing(module):
+        compiled: Callable[..., Any] = inductor.compile(module, list(inputs), options=patches)
+    return compiled
 
 
 def _own_buffers(module: GraphModule) -> AbstractContextManager[Any]:
@@ -58,6 +60,26 @@ def _own_buffers(module: GraphModule) -> AbstractContextManager[Any]:
     """
     has_subgraphs = bool(module.graph.find_nodes(op="call_function", target=_invoke))
     return functorch_config.patch(donated_buffer=False) if has_subgraphs else nullcontext()
+
+
+@contextmanager
+def _known_to_write_nothing(module: GraphModule) -> Iterator[None]:
+    """Say of outlined blocks that they write none of their operands, which is so by construction.
+
+    In training, torch 2.13 finds that out by tracing the block again at every call: 1.2 s of 13 s of
+    processor time for Llama with 12 layers. Graphs with subgraphs of another origin are left to it.
+    """
+    calls = module.graph.find_nodes(op="call_function", target=_invoke)
+    ours = all(str(call.args[1]).startswith(OUTLINED) for call in calls)
+    if not calls or not ours or not hasattr(_invoke, "_supports_training_input_mutation"):
+        yield
+        return
+    before = _invoke._supports_training_input_mutation
+    _invoke._supports_training_input_mutation = True
+    try:
+        yield
+    finally:
+        _invoke._supports_training_input_mutation = before
 
 
 def _name_constants(module: GraphModule) -> None:

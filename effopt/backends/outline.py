@@ -27,6 +27,9 @@ from effopt.graph.values import val
 _aten = torch.ops.aten
 _invoke = torch.ops.higher_order.invoke_subgraph
 
+OUTLINED = "effopt_block_"
+"""What the identifiers of outlined blocks start with."""
+
 
 @dataclass(frozen=True)
 class Outlined:
@@ -55,10 +58,11 @@ def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[
     _complete_results(graph)
     carrying = differentiable(module, inputs) if training else frozenset()
     # Forward and backward calls of a subgraph are paired by count; a copy behind a detach has no backward.
-    barriers |= carrying - reached_by_loss(graph, carrying)
+    # Results that nothing reads do not count: their call has the backward of its other results.
+    barriers |= {n for n in carrying - reached_by_loss(graph, carrying) if n.users}
     done: list[Outlined] = []
     for run in blocks(graph, frozenset(barriers), carrying).runs:
-        made = _outline_run(module, run, f"block_{len(done)}", carrying)
+        made = _outline_run(module, run, len(done), carrying)
         if made is not None:
             done.append(made)
     for node in graph.find_nodes(op="call_function", target=operator.getitem):
@@ -155,7 +159,7 @@ def _complete_results(graph: Graph) -> None:
             last = taken[index]
 
 
-def _outline_run(module: GraphModule, run: Run, name: str, carrying: frozenset[Node]) -> Outlined | None:
+def _outline_run(module: GraphModule, run: Run, index: int, carrying: frozenset[Node]) -> Outlined | None:
     """Replace the copies of one block by calls of one subgraph."""
     returned = _returned(run)
     if not returned:
@@ -163,9 +167,10 @@ def _outline_run(module: GraphModule, run: Run, name: str, carrying: frozenset[N
     taken = operand_groups(run)
     body = _body(run.instances[0], taken, returned, carrying)
     digest = hashlib.sha256(repr([str(n.format_node()) for n in body.graph.nodes]).encode()).hexdigest()[:16]
+    name = f"block_{index}"
     setattr(module, name, body)
     for instance in run.instances:
-        _call(module.graph, instance, name, f"effopt_{name}_{digest}", taken, returned)
+        _call(module.graph, instance, name, f"{OUTLINED}{index}_{digest}", taken, returned)
     return Outlined(name, len(run.instances), len(run.instances[0]))
 
 

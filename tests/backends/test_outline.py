@@ -160,3 +160,41 @@ def test_a_subgraph_does_not_write_into_its_operands(cut: int) -> None:
     wanted = torch.autograd.grad((model(x) * x).sum(), trained)
     for g, w in zip(got, wanted, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
+
+
+class PreNorm(nn.Module):
+    """A residual sum is fused with the norm that follows it; the last sum has no other reader."""
+
+    def __init__(self, depth: int, width: int = 32) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(width, eps=1e-6) for _ in range(depth + 1))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, width), nn.Sigmoid())
+            for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, layer in zip(self.norms, self.layers, strict=False):
+            x = x + layer(norm(x)).cos()
+        return self.norms[-1](x)
+
+
+def test_a_last_layer_with_an_unread_result_is_outlined_in_training_too() -> None:
+    torch.manual_seed(0)
+    model, x = PreNorm(4), torch.randn(5, 32, requires_grad=True)
+    with record() as report:
+        result = torch.compile(model, backend="effopt")(x)
+    assert report.ops["add_rms_norm"] == 4
+    assert outlined_counts(report) == [4]
+    got = torch.autograd.grad((result * x).sum(), list(model.parameters()))
+    wanted = torch.autograd.grad((model(x) * x).sum(), list(model.parameters()))
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
+
+
+def test_the_subgraph_operator_is_left_as_it_was() -> None:
+    operator = torch.ops.higher_order.invoke_subgraph
+    before = dict(vars(operator))
+    loss = torch.compile(PreNorm(3), backend="effopt")(torch.randn(2, 32)).sum()
+    assert vars(operator)["_supports_training_input_mutation"] == before["_supports_training_input_mutation"]
+    loss.backward()
