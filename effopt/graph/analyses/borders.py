@@ -19,7 +19,7 @@ from torch.fx import Node
 from effopt.graph.analyses.stream import Ancestry, is_residual, same_form
 from effopt.graph.normalize import is_view
 from effopt.graph.printing import type_of
-from effopt.graph.provenance import layer_of
+from effopt.graph.provenance import clean_path, layer_of
 from effopt.graph.values import val
 
 _NUMBER = re.compile(r"\d+")
@@ -80,10 +80,8 @@ def chains_of_modules(
         mine = {numbers[n][container] for s in segments for n in s.nodes if container in numbers.get(n, ())}
         if len(mine) < 2:
             continue
-        found, why = _chains_of(container, segments, numbers, ancestry)
-        if not _are_parts_of_one_layer(container, found, segments, numbers):
-            chains += found
-            refused[container] = why
+        found, refused[container] = _chains_of(container, segments, numbers, ancestry)
+        chains += [chain for chain in found if not _are_parts_of_one_layer(chain)]
     told = [c for c in refused if not any(_is_within(c, o) for o in refused if o != c and refused[o])]
     taken = {span.path.rpartition(".")[0] for chain in chains for span in chain}
     return chains, [
@@ -113,7 +111,11 @@ def _chains_of(
             return [], []
         met.add(number)
         span = join(run, prefix + number)
-        if (reason := _why_no_layer(span, ancestry)) is not None:
+        if numbers.get(span.entry, {}).get(container) == number:
+            reason: str | None = f"{span.path} does not carry on what it reads: it cannot be left out"
+        else:
+            reason = _why_no_layer(span, ancestry)
+        if reason is not None:
             refused.append((span.exit, reason))
         elif chains[-1] and chains[-1][-1].exit is span.entry:
             chains[-1].append(span)
@@ -134,7 +136,7 @@ def _why_no_layer(span: Span, ancestry: Ancestry) -> str | None:
     if not same_form(span.entry, span.exit) or (entry.dtype, entry.device) != (exit_.dtype, exit_.device):
         return f"{span.path} reads {type_of(entry)} and gives {type_of(exit_)}: it cannot be left out"
     if not any(is_residual(node, span.entry, ancestry) for node in span.nodes):
-        return f"{span.path} adds nothing to what it reads: without a residual it cannot be left out"
+        return f"no residual joins what {span.path} reads and what it gives: it cannot be left out"
     return None
 
 
@@ -150,21 +152,22 @@ def _why_not_apart(
         if own is not None and len(others) > 1:
             names = " and ".join(f"{prefix}{o}" for o in others)
             return node, f"what {prefix}{own} gives is read by {names}: they are no chain"
-    return end, f"the modules of {container or 'the model'} pass on more than one value: they are no chain"
+    first = next(n for s in run for n in s.nodes if container in numbers.get(n, {}))
+    return first, f"the modules of {container or 'the model'} pass on more than one value: they are no chain"
 
 
-def _are_parts_of_one_layer(
-    container: str, chains: Sequence[Chain], segments: Sequence[Span], numbers: Numbers
-) -> bool:
-    """Whether the modules, all different, lie in the only module of a container: the parts of one layer."""
-    outer, _, number = container.rpartition(".")
-    while number and not _NUMBER.fullmatch(number):
-        outer, _, number = outer.rpartition(".")
-    if not number or not chains:
-        return False
-    beside = {numbers[n].get(outer) for s in segments for n in s.nodes if n in numbers} - {None}
-    kinds = [parameters_of(span) for chain in chains for span in chain]
-    return len(beside) == 1 and len(set(kinds)) == len(kinds)
+def _are_parts_of_one_layer(chain: Chain) -> bool:
+    """Whether no two modules are of one class: attention and feed-forward in a list, parts of one layer."""
+    kinds = [_class_of(span) for span in chain]
+    return len(set(kinds)) == len(kinds)
+
+
+def _class_of(span: Span) -> str:
+    for node in span.nodes:
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+            if clean_path(str(path)) == span.path:
+                return str(kind)
+    return ""
 
 
 def chains_by_period(segments: Sequence[Span], ancestry: Ancestry) -> list[Chain]:

@@ -70,18 +70,20 @@ def stacks(graph: Graph) -> Stacks:
     refused: list[tuple[Node, str]] = []
     for stream in streams(graph, ancestry):
         segments = [Span("", a, b, ancestry.between(a, b)) for a, b in itertools.pairwise(stream.cuts)]
-        found, why = borders.chains_of_modules(segments, numbers, ancestry)
+        here, why = borders.chains_of_modules(segments, numbers, ancestry)
         refused += why
-        inside = {node for chain in found for span in chain for node in span.nodes}
+        inside = {node for chain in here for span in chain for node in span.nodes}
         for is_taken, rest in itertools.groupby(segments, key=lambda s: s.exit in inside):
             if not is_taken:
-                found += borders.chains_by_period(list(rest), ancestry)
-        for chain in found:
+                here += borders.chains_by_period(list(rest), ancestry)
+        for chain in here:
             readers = list(_read_again(chain, numbers, ancestry))
             refused += readers
             chains += [] if readers else [chain]
     chains.sort(key=lambda chain: ancestry.position[chain[0].entry])
-    return Stacks(tuple(_stacks(chains, numbers, ancestry)), tuple(refused))
+    found = tuple(_stacks(chains, numbers, ancestry))
+    taken = {node for stack in found for layer in stack.layers for node in layer.nodes}
+    return Stacks(found, tuple((node, reason) for node, reason in refused if node not in taken))
 
 
 def attention_of(layer: Layer) -> tuple[Node, ...]:
@@ -127,7 +129,8 @@ def _stacks(chains: Sequence[Chain], numbers: Numbers, ancestry: Ancestry) -> It
 def _paths(chain: Chain) -> list[str]:
     """The modules that the spans are: known, or each span in one of its own. Empty if there are none."""
     paths = [span.path or _common_path(span) for span in chain]
-    return paths if all(paths) and len(set(paths)) == len(paths) else []
+    nested = any(a == b or a.startswith(f"{b}.") for a, b in itertools.permutations(paths, 2))
+    return [] if nested or not all(paths) else paths
 
 
 def _common_path(span: Span) -> str:

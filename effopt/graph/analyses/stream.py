@@ -6,14 +6,15 @@ the stream passes: between two cuts lies a part of the model that reads the stre
 so that the part can be left out by reading the earlier cut for the later one.
 
 A sum of two equals in shape is followed through both operands, so whatever by-passes a value (a skip
-connection, a second stream, an operand that each layer adds) takes that value's cut away: what is
-found is proved, and what is not a chain is not found. Values beside the stream, such as masks, keys
+connection, a second stream) takes that value's cut away: what is found is proved, and what is not a
+chain is not found. Values beside the stream, such as masks, keys
 and values, and routing scores, may pass. Linear in nodes for each stream; assumes the program's
 order, and finds fewer cuts in any other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,14 @@ class Ancestry:
     def depends(self, node: Node, on: Node) -> bool:
         """Whether `node` is computed from `on`, or is it."""
         return node is on or bool(self._above[self.position[node]] >> self.position[on] & 1)
+
+    def mask(self, nodes: Iterable[Node]) -> int:
+        """A set of nodes, for `depends_on_any`."""
+        return sum(1 << self.position[node] for node in nodes)
+
+    def depends_on_any(self, node: Node, mask: int) -> bool:
+        """Whether `node` is computed from some other node of a set."""
+        return bool(self._above[self.position[node]] & mask)
 
     def between(self, start: Node, end: Node) -> tuple[Node, ...]:
         """The nodes on the paths from `start` to `end`, in order: `end` is one, `start` is not."""
@@ -180,12 +189,25 @@ def _members(end: Node, seen: set[Node]) -> set[Node]:
 
 
 def _cuts(end: Node, members: set[Node], ancestry: Ancestry) -> tuple[Node, ...]:
-    """Members that no use of an earlier member passes by, on its way to `end`."""
-    cuts = []
+    """Members that no use of an earlier member passes by, on its way to `end`.
+
+    A member that is computed from no other is a source: where the stream begins, or an operand that
+    layers add, such as positions. It may pass, before its first sum; the stream begins at the source
+    with the most cuts.
+    """
+    mask = ancestry.mask(members)
+    cuts, sources, outside = [], [], set()
     furthest = -1
     for node in sorted(members, key=ancestry.position.__getitem__):
         if furthest <= ancestry.position[node]:
             cuts.append(node)
+        before = continued(node)
+        if not ancestry.depends_on_any(node, mask):
+            sources.append(node)
+        if node is sources[-1] or (len(before) == 1 and before[0] in outside):
+            outside.add(node)
+            continue
         uses = (ancestry.position[u] for u in node.users if ancestry.depends(end, u))
         furthest = max(furthest, max(uses, default=-1))
-    return tuple(cuts)
+    ways = [tuple(cut for cut in cuts if ancestry.depends(cut, source)) for source in sources]
+    return max(ways, key=len)
