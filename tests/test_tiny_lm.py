@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch.nn import functional as F
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_lm"
 sys.path.insert(0, str(EXAMPLE))
 try:
-    attention, data, evaluate, ngram, tiny, train = (
-        importlib.import_module(name) for name in ("attention", "data", "evaluate", "ngram", "model", "train")
+    attention, data, evaluate, ngram, schedule, tiny, train = (
+        importlib.import_module(name) for name in "attention data evaluate ngram schedule model train".split()
     )
 finally:
     sys.path.remove(str(EXAMPLE))
@@ -149,14 +150,14 @@ def test_attention_has_the_gradients_of_the_library_s(length: int) -> None:
 
 
 def small(plan: str) -> tuple[Any, Any]:
-    whole = train.Plan(tuple(train.Stage.parse(p) for p in plan.split(",")), warmup=2)
+    whole = replace(schedule.Plan.parse(plan), warmup=2)
     attention.register()
     of = tiny.config(layers=1, hidden=64, context=128)
     return whole, train.Run.start(of, seed=0, attention=attention.NAME, rate=1e-2)
 
 
 def steps(run: Any, plan: Any, count: int) -> list[float]:
-    return [train.train_step(run, train.loss_of, plan, 0, 1e-2, 0.5) for _ in range(count)]
+    return [train.train_step(run, train.loss_of, plan, 0, 1e-2, 0.5)["bits"] for _ in range(count)]
 
 
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_the_rate_warms_up_and_decays_to_nothing() -> None:
 
 @pytest.mark.parametrize("text", ["64x2:3", "64x2:3:answers=4", "64x2:3:answers=2.5:decay", "64x2:3:decay"])
 def test_a_stage_is_written_as_it_is_read(text: str) -> None:
-    assert str(train.Stage.parse(text)) == text
+    assert str(schedule.Stage.parse(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_a_stage_is_written_as_it_is_read(text: str) -> None:
 )
 def test_a_stage_that_cannot_be_read_is_an_error(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="expected LENGTHxSIZE:STEPS"):
-        train.Stage.parse(text)
+        schedule.Stage.parse(text)
 
 
 def test_loading_checks_the_hash(tmp_path: Path) -> None:

@@ -130,8 +130,10 @@ def main(
         "corpus": corpus(),
     }
     into.mkdir(parents=True, exist_ok=True)
-    for name in (tiny.WEIGHTS, tiny.CONFIG, "loss.png"):
+    for name in (tiny.WEIGHTS, tiny.CONFIG):
         shutil.copyfile(folder / name, into / name)
+    if (folder / "loss.png").is_file():
+        shutil.copyfile(folder / "loss.png", into / "loss.png")
     (into / tiny.NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n")
     for method, bits in numbers["bits_per_byte"].items():
         print(f"{method:>14}  {bits} bits per byte of held-out files")

@@ -1,10 +1,7 @@
 """Train the tiny language model: `python examples/tiny_lm/train.py --help`. README.md has the command used.
 
-A plan is a list of stages, `LENGTHxSIZE:STEPS` (tokens a sequence, sequences a step, steps). `:answers=4`
-lets the answers of recall pairs count four times in the loss; the last stage may end in `:decay`:
-`256x16:2000,1024x4:600:answers=4,1024x4:200:answers=4:decay`. The rate is constant until the decay, so
-training can be stopped at any time (Ctrl-C or SIGTERM saves), and go on with a plan that has more steps, or
-decays from there.
+schedule.py says what a plan is. Training can be stopped at any time (Ctrl-C or SIGTERM saves) and go on with
+`--resume`, also with a plan that has more steps, or that decays from there.
 """
 
 from __future__ import annotations
@@ -12,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import signal
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import attention
 import data
@@ -26,77 +24,8 @@ import model as tiny
 import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from schedule import Plan
 from torch.nn import functional as F
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Steps of one batch shape."""
-
-    length: int
-    size: int
-    steps: int
-    answer_weight: float = 1.0
-    is_decay: bool = False
-
-    FORM: ClassVar = re.compile(
-        r"(?P<length>\d+)x(?P<size>\d+):(?P<steps>\d+)(:answers=(?P<answers>[\d.]+))?(?P<decay>:decay)?"
-    )
-
-    @classmethod
-    def parse(cls, text: str) -> Stage:
-        found = cls.FORM.fullmatch(text)
-        if found is None:
-            raise typer.BadParameter(f"{text!r}: expected LENGTHxSIZE:STEPS[:answers=WEIGHT][:decay]")
-        length, size, steps = (int(found[name]) for name in ("length", "size", "steps"))
-        return cls(length, size, steps, float(found["answers"] or 1), found["decay"] is not None)
-
-    def __str__(self) -> str:
-        answers = "" if self.answer_weight == 1 else f":answers={self.answer_weight:g}"
-        return f"{self.length}x{self.size}:{self.steps}{answers}{':decay' * self.is_decay}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What each step reads, and at which rate."""
-
-    stages: tuple[Stage, ...]
-    warmup: int = 100
-
-    @property
-    def steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
-
-    def at(self, step: int) -> tuple[Stage, int]:
-        """The stage of a step, and how many of its steps came before."""
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage, step
-            step -= stage.steps
-        raise IndexError("the plan has no such step")
-
-    def tokens_before(self, step: int) -> int:
-        total = 0
-        for stage in self.stages:
-            done = min(step, stage.steps)
-            total, step = total + done * stage.length * stage.size, step - done
-        return total
-
-    def rate(self, step: int) -> float:
-        """Warmup, constant, then one minus the square root of the decay's progress (arXiv:2405.18392)."""
-        stage, done = self.at(step)
-        decay = 1 - math.sqrt(done / stage.steps) if stage.is_decay else 1.0
-        return decay * min(1.0, (step + 1) / self.warmup)
-
-    def done(self, steps: int) -> str:
-        """The plan of the first `steps` steps. A decay that goes on keeps its length: it set the rate."""
-        found = []
-        for stage in self.stages:
-            count = min(steps, stage.steps)
-            if count:
-                found.append(str(stage if stage.is_decay else replace(stage, steps=count)))
-            steps -= count
-        return ",".join(found)
 
 
 @dataclass
@@ -163,10 +92,12 @@ def loss_of(model: Any, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Te
     return (losses * weights.flatten()).sum() / weights.sum()
 
 
-def train_step(run: Run, loss_fn: Any, plan: Plan, seed: int, rate: float, recall_share: float) -> float:
-    """One step; returns its loss in bits per token."""
-    stage, _ = plan.at(run.step)
-    first = plan.tokens_before(run.step) // stage.length
+def train_step(
+    run: Run, loss_fn: Any, plan: Plan, seed: int, rate: float, recall_share: float
+) -> dict[str, float]:
+    """One step; returns what it adds to the log: tokens read before it, loss in bits per token, seconds."""
+    (stage, _), began, read = plan.at(run.step), time.perf_counter(), plan.tokens_before(run.step)
+    first = read // stage.length
     shape = stage.size, stage.length, first
     loss = loss_fn(run.model, *data.batch(seed, run.step, *shape, recall_share, stage.answer_weight))
     loss.backward()
@@ -177,7 +108,25 @@ def train_step(run: Run, loss_fn: Any, plan: Plan, seed: int, rate: float, recal
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    return loss.item() / math.log(2)
+    row = {"tokens": read, "bits": loss.item() / math.log(2), "seconds": time.perf_counter() - began}
+    run.losses.append([*row.values()])
+    return row
+
+
+def shown(plan: Plan, run: Run) -> Iterator[int]:
+    """The steps that are left, with a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("training", total=plan.steps, completed=run.step)
+        while run.step < plan.steps:
+            yield run.step
+            progress.update(bar, completed=run.step, description=f"{run.losses[-1][1]:.3f} bits per token")
+
+
+def note(folder: Path, row: dict[str, float]) -> None:
+    """One line of the log."""
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps(row) + "\n")
 
 
 def draw(run: Run, path: Path) -> None:
@@ -238,7 +187,7 @@ def main(
     torch.set_num_threads(threads)
     attention.register()
     folder.mkdir(parents=True, exist_ok=True)
-    whole = Plan(tuple(Stage.parse(part) for part in plan.split(",")))
+    whole = Plan.parse(plan)
     run, state = Run.start(tiny.config(), seed, attention_, rate), folder / "state.pt"
     if resume:
         run.resume(state, whole)
@@ -246,32 +195,28 @@ def main(
         raise typer.BadParameter(f"{state} exists: --resume goes on from it, another --folder starts anew")
     loss_fn = loss_of if backend == "eager" else torch.compile(loss_of, backend=backend, dynamic=False)
     stopped: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
-    signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, _: stopped.append(got))
     (folder / "train.pid").write_text(str(os.getpid()))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress, (folder / "log.jsonl").open("a") as log:
-        bar = progress.add_task("training", total=whole.steps, completed=run.step)
-        while run.step < whole.steps and not stopped:
-            began, read = time.perf_counter(), whole.tokens_before(run.step)
-            bits = train_step(run, loss_fn, whole, seed, rate, recall_share)
-            run.losses.append([read, bits, time.perf_counter() - began])
-            progress.update(bar, completed=run.step, description=f"{bits:.3f} bits per token")
-            log.write(json.dumps({"step": run.step, "tokens": read, "bits": round(bits, 4)}) + "\n")
-            log.flush()
-            last = run.step == whole.steps or bool(stopped)
-            if run.step % check_every == 0 or last:
-                tokens = whole.tokens_before(run.step)
-                run.checks.append({"tokens": tokens, **evaluate.quick_check(run.model)})
-                log.write(json.dumps(run.checks[-1]) + "\n")
-            if run.step % save_every == 0 or last:
-                run.save(state, whole)
+    for step in shown(whole, run):
+        if stopped:
+            break
+        row = train_step(run, loss_fn, whole, seed, rate, recall_share)
+        note(folder, {"step": step, **row})
+        if run.step % check_every == 0 or run.step == whole.steps:
+            run.checks.append({"tokens": whole.tokens_before(run.step), **evaluate.quick_check(run.model)})
+            note(folder, run.checks[-1])
+        if run.step % save_every == 0:
+            run.save(state, whole)
+    run.save(state, whole)
     tiny.save(run.model, folder)
-    draw(run, folder / "loss.png")
-    (folder / "training.json").write_text(
-        json.dumps(described(run, whole, seed, rate, recall_share), indent=1)
-    )
-    print(f"step {run.step} of {whole.steps}; state, weights, log and loss.png are in {folder}")
+    told = json.dumps(described(run, whole, seed, rate, recall_share), indent=1)
+    (folder / "training.json").write_text(told)
+    print(f"step {run.step} of {whole.steps}; state, weights and log are in {folder}")
+    if find_spec("matplotlib") is None:
+        print("no loss.png: it needs matplotlib; --resume draws it once that is installed")
+    else:
+        draw(run, folder / "loss.png")
 
 
 if __name__ == "__main__":
