@@ -213,7 +213,7 @@ class _Compilation:
         self.report.training = captured.training
         weights = DerivedWeights(inputs)
         self._transform(captured, inputs, weights)
-        lowered = self._lower(captured, inputs)
+        lowered = self._lower(captured, inputs, weights)
         weights.materialize(lowered)
         release.note_readers(lowered, weights)
         if self.options.outline and self.options.lowering != "eager":
@@ -245,7 +245,7 @@ class _Compilation:
         self.report.ops = Counter(overloads[n.target] for n in module.graph.nodes if n.target in overloads)
         self._survey("after", captured)
 
-    def _lower(self, captured: Captured, inputs: Sequence[Any]) -> GraphModule:
+    def _lower(self, captured: Captured, inputs: Sequence[Any], weights: DerivedWeights) -> GraphModule:
         with self._timed("lower"):
             chosen = lower(
                 captured.module,
@@ -254,6 +254,7 @@ class _Compilation:
                 target_of(_device(inputs)),
                 captured.training,
                 self.options.lowering,
+                weights,
             )
             self.report.lowerings = [
                 LoweringRecord(c.node, c.op, c.choice.lowering.name, c.choice.refused) for c in chosen

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from effopt.graph.ops.base import Op, Operands
 from effopt.target import Target
@@ -25,6 +27,17 @@ class Lowering:
     """Predicted seconds for (target, operands, result); only the order matters."""
     differentiable: bool = True
     """Whether autograd goes through `call`. Those without a backward are left out of training."""
+    prepack: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """Operand name -> the layout that `call` wants of it: a module-level function, pure, of that operand.
+
+    Such an operand must be a constant of the graph. It is laid out once, for all graphs of a model and all
+    lowerings that name the same function; the op's own layout is not kept where no one else reads it.
+    """
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """`call` on operands in the op's own layout: those in `prepack` are laid out at every call."""
+        bound = self.op.bind(args, kwargs)
+        return self.call(**bound | {n: lay_out(bound[n]) for n, lay_out in self.prepack.items()})
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,12 @@ class Choice:
 
 
 def choose(
-    lowerings: Sequence[Lowering], target: Target, operands: Operands, result: Any, training: bool
+    lowerings: Sequence[Lowering],
+    target: Target,
+    operands: Operands,
+    result: Any,
+    training: bool,
+    constants: Container[str] = (),
 ) -> Choice:
     """The cheapest lowering that supports these operands.
 
@@ -46,11 +64,15 @@ def choose(
         operands: schema argument name -> fake value.
         result: fake result of the op.
         training: whether a backward pass will be taken through the op.
+        constants: names of the operands that a lowering may have in its own layout.
     """
     able, refused = [], []
     for lowering in lowerings:
         if training and not lowering.differentiable:
             reason: str | None = "has no backward, and the graph is traced for training"
+        elif any(name not in constants for name in lowering.prepack):
+            wanted = ", ".join(name for name in lowering.prepack if name not in constants)
+            reason = f"wants {wanted} in a layout of its own, made once, and it is no constant of the graph"
         else:
             reason = lowering.supports(target, operands)
         if reason is None:

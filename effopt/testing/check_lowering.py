@@ -81,7 +81,7 @@ def _value_problems(
 ) -> list[str]:
     reference = lowering.op.reference
     with torch.no_grad():
-        got = tensors_in(lowering.call(*args, **kwargs))
+        got = tensors_in(lowering.run(*args, **kwargs))
         own = tensors_in(reference(*args, **kwargs))
         exact = tensors_in(reference(*raise_values(list(args)), **_raised(kwargs)))
     tolerance = tolerance_of(dtype).rtol
@@ -98,7 +98,7 @@ def _gradient_problems(
     lowering: Lowering, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype
 ) -> list[str]:
     reference = lowering.op.reference
-    got = _gradients(lowering.call, args, kwargs)
+    got = _gradients(lowering.run, args, kwargs)
     own = _gradients(reference, args, kwargs)
     exact = _gradients(reference, tuple(raise_values(list(args))), _raised(kwargs))
     tolerance = GRADIENT_FACTOR * tolerance_of(dtype).rtol
