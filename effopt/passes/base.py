@@ -215,9 +215,15 @@ class RegionPass(Pass):
     def apply(self, module: GraphModule, context: Context) -> PassResult:
         """Decide and enact over every stack of layers. Raises PlanError; nothing is half-applied."""
         result = PassResult()
+        decided = module.meta.get("effopt_decided", frozenset())
+        if self.name in decided:  # a share of the layers is one of all that there were
+            return result
+        module.meta["effopt_decided"] = decided | {self.name}
         found = stacks(module.graph)
         for node, reason in found.refused:
             result.reject(self.name, node, reason)
+        if not found.found and not found.refused:
+            result.reject(self.name, module.graph.output_node(), "no stack of layers was found in this graph")
         chosen = [self._decisions(stack, context.plans, result) for stack in found]
         scores = context.plans.scores.get(self.name, {})
         described = [
@@ -287,7 +293,7 @@ def _check_option(pass_name: str, option: dataclasses.Field[Any], value: Any) ->
         raise OptionError(
             f"{pass_name}: option {option.name!r} must be one of {list(choices)}, got {value!r}"
         )
-    if (low is not None and value < low) or (high is not None and value > high):
+    if (low is not None and not value >= low) or (high is not None and not value <= high):  # NaN is neither
         raise OptionError(f"{pass_name}: option {option.name!r} must lie in [{low}, {high}], got {value!r}")
 
 

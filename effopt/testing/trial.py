@@ -19,7 +19,8 @@ from effopt.graph.equivalence import difference, gradients_of, tensors_in
 from effopt.graph.region import dropout_of, is_random
 from effopt.graph.tolerances import GRADIENT_FACTOR, tolerance_of
 from effopt.graph.weights import DerivedWeights
-from effopt.passes.base import Context, Example, Pass
+from effopt.passes.base import Context, Example, Pass, RegionPass
+from effopt.passes.plan import Plans
 from effopt.plugins.manager import build_registry
 from effopt.plugins.observers import observers
 from effopt.plugins.report import GraphReport
@@ -148,6 +149,7 @@ def run_passes(trial: Trial, passes: Sequence[Pass], *, verify: str = "off") -> 
         training=trial.captured.training,
         approve=lambda p, m, r: registry.hook.effopt_approve_rewrite(pass_=p, match=m, replacement=r),
         weights=DerivedWeights(trial.inputs),
+        plans=Plans(scores={p.name: _Counted() for p in passes if isinstance(p, RegionPass) and p.is_scored}),
     )
     for pass_ in passes:
         report.take(registry.hook.effopt_run_pass(pass_=pass_, module=trial.module, context=context))
@@ -155,6 +157,14 @@ def run_passes(trial: Trial, passes: Sequence[Pass], *, verify: str = "off") -> 
     trial.module.recompile()
     report.faults.extend(registry.faults)
     return report
+
+
+class _Counted(dict[str, float]):
+    """Scores 0, 1, 2, ... in the order in which layers are asked for, in place of calibration's."""
+
+    def __missing__(self, path: str) -> float:
+        self[path] = float(len(self))
+        return self[path]
 
 
 def is_repeatable(trial: Trial) -> bool:

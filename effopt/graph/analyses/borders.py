@@ -145,13 +145,18 @@ def _why_not_apart(
 ) -> tuple[Node, str]:
     """Which value keeps a graph from being cut between two modules."""
     end = run[-1].exit
-    for node in (n for s in run for n in s.nodes):
+    for node in (n for s in run for n in s.nodes if same_form(n, end)):
         own = numbers.get(node, {}).get(container)
-        readers = [numbers.get(u, {}).get(container) for u in node.users if ancestry.depends(end, u)]
-        others = sorted({r for r in readers if r not in (own, None)}, key=lambda r: int(str(r)))
-        if own is not None and len(others) > 1:
-            names = " and ".join(f"{prefix}{o}" for o in others)
-            return node, f"what {prefix}{own} gives is read by {names}: they are no chain"
+        if own is None:
+            continue
+        readers = {
+            prefix + number if (number := numbers.get(u, {}).get(container)) else u.name: None
+            for u in sorted(node.users, key=ancestry.position.__getitem__)
+            if ancestry.depends(end, u)
+        }
+        readers.pop(prefix + own, None)
+        if len(readers) > 1:
+            return node, f"what {prefix}{own} gives is read by {' and '.join(readers)}: they are no chain"
     first = next(n for s in run for n in s.nodes if container in numbers.get(n, {}))
     return first, f"the modules of {container or 'the model'} pass on more than one value: they are no chain"
 
