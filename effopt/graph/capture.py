@@ -24,7 +24,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_or
 from effopt.errors import CaptureRefused
 from effopt.graph import autocast, normalize, opaque
 from effopt.graph.capture_blocks import export_in_blocks
-from effopt.graph.values import val
+from effopt.graph.values import MUTATED, val
 
 _SHARED = "an input is written in place and shares storage with another input"
 
@@ -88,6 +88,7 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> Captured:
     autocast.make_casts_explicit(exported, inputs)
     with torch._C._DisableAutocast():
         normalize.drop_bookkeeping(exported, training)
+    exported.graph.output_node().meta[MUTATED] = mutated
     return Captured(exported, mutated, training, output_forms(exported, mutated))
 
 

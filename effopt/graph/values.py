@@ -12,6 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
+MUTATED = "mutated"
+"""Key in the metadata of a graph's output: positions of the inputs whose new values come first in it."""
+
 
 def val(node: Any) -> Any:
     """The fake value of a node, or the value itself if it is not a node."""

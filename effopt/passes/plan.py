@@ -202,7 +202,8 @@ class Plans:
         Raises:
             PlanError: another graph of this model, in this pipeline, decided otherwise.
         """
-        fates: dict[Any, dict[int, Any]] = {p: {} for p in parameters.values()}
+        # A graph may hold parameters that it does not read: a projection whose cache is another layer's.
+        fates: dict[Any, dict[int, Any]] = {p: {} for node, p in parameters.items() if node.users}
         paths: dict[Any, str] = {}
         for stack, planned in zip(stacks, self.decided[-1].stacks, strict=True):
             for position, (layer, entry) in enumerate(zip(stack.layers, planned.layers, strict=True)):
