@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.graph.analyses.no_ops import stands_for
 from effopt.graph.constants import constant_number
 from effopt.graph.values import shape_of, val
 
@@ -82,6 +83,8 @@ def unrepeated(node: Node) -> Node:
     if wide.target is not _aten.expand.default or len(shape_of(wide)) != 5:
         return node
     single = wide.args[0]
+    while isinstance(single, Node) and (source := stands_for(single)) is not None:
+        single = source  # `x[:, :, None, :, :]` slices a symbolic dimension from end to end
     sizes, result = shape_of(single), shape_of(node)
     if not (isinstance(single, Node) and len(sizes) == 5 and statically_known_true(sizes[2] == 1)):
         return node
