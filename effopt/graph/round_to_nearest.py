@@ -121,4 +121,7 @@ def _over_groups(value: Tensor, group: int, length: int) -> Tensor:
     """`[..., groups]` -> `[..., length]`, or `[..., 1]` where the row is one group."""
     if not group or value.shape[-1] == 1:
         return value
-    return value.unsqueeze(-1).expand(*value.shape, group).flatten(-2)[..., :length]
+    if length % group == 0:
+        return value.unsqueeze(-1).expand(*value.shape, group).flatten(-2)
+    # Not the same and a slice of it: Inductor 2.13 reads beyond what it wrote where a product follows.
+    return value[..., torch.arange(length, device=value.device) // group]

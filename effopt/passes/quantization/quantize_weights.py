@@ -119,7 +119,7 @@ class QuantizeWeights(GraphPass):
         note = f"{n * k * size} -> {quantized_bytes(n, k, size, **self._form)} bytes"
         node.replace_all_uses_with(made)
         module.graph.erase_node(node)
-        is_table = any(user.target is _EMBEDDING for user in source.parameter.users)
+        is_table = not self.embeddings and any(u.target is _EMBEDDING for u in source.parameter.users)
         return f"{note}; the embedding that it is tied to keeps the original" if is_table else note
 
     def samples(self) -> Iterable[Example]:
