@@ -22,6 +22,7 @@ def reference_lowering(op: Op) -> Lowering:
 
     def cost(target: Target, operands: Operands, result: Any) -> float:
         moved, work = op.bytes_moved(operands, result), op.flops(operands, result)
+        moved += op.reference_bytes(operands, result) if op.reference_bytes else 0.0
         return 2.0 * max(moved / target.bytes_per_s, work / target.flops_per_s)
 
     return Lowering(op, "reference", op.overload, _supports, cost)

@@ -6,7 +6,9 @@ import importlib
 from collections.abc import Sequence
 
 from effopt.backends.base import Lowering
+from effopt.backends.int8_products import LOWERINGS as INT8_PRODUCTS
 from effopt.backends.native import LOWERINGS as NATIVE
+from effopt.backends.quantized import LOWERINGS as QUANTIZED
 from effopt.backends.reference import reference_lowering
 from effopt.graph.ops import OPS
 from effopt.graph.ops.base import Op
@@ -34,4 +36,5 @@ def effopt_lowerings() -> Sequence[Lowering]:
     """Triton kernels, library kernels, and the reference of every op."""
     from effopt.backends.triton import LOWERINGS as TRITON
 
-    return (*TRITON, *NATIVE, *(reference_lowering(op) for op in OPS))
+    native = (*NATIVE, *QUANTIZED, *INT8_PRODUCTS)
+    return (*TRITON, *native, *(reference_lowering(op) for op in OPS))

@@ -41,6 +41,8 @@ class Op:
     """Floating-point operations of (operands, result)."""
     samples: Callable[[torch.dtype, torch.device], Iterable[Sample]]
     """Calls over ordinary and odd shapes, for one floating dtype and device."""
+    reference_bytes: Callable[[Operands, Any], float] | None = None
+    """Bytes that the reference moves beyond its operands and result, where it makes something large."""
 
     def bytes_moved(self, operands: Operands, result: Any) -> float:
         """Fewest bytes: each operand read once, each result written once."""
@@ -102,6 +104,7 @@ def op(
     flops: Callable[[Operands, Any], float],
     samples: Callable[[torch.dtype, torch.device], Iterable[Sample]],
     fake: Callable[..., Any] | None = None,
+    reference_bytes: Callable[[Operands, Any], float] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Make the decorated reference function the canonical op `effopt::<its name>`."""
 
@@ -111,7 +114,7 @@ def op(
         _LIBRARY.define(name + schema)
         _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
         overload = getattr(torch.ops.effopt, name).default
-        return Op(name, overload, reference, fake or reference, flops, samples)
+        return Op(name, overload, reference, fake or reference, flops, samples, reference_bytes)
 
     return define
 

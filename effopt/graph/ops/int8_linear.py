@@ -31,6 +31,11 @@ def _flops(operands: Operands, result: Any) -> float:
     return 2.0 * hint(result.numel()) * hint(operands["input"].shape[-1])
 
 
+def _reference_bytes(operands: Operands, _: Any) -> float:
+    """The weight in float32, written and read."""
+    return 8.0 * hint(operands["packed"].shape[0]) * hint(operands["input"].shape[-1])
+
+
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterable[Sample]:
     for *rows, k, n in ((1, 1, 1), (2, 3, 63, 100), (1, 100, 63), (5, 128, 32), (0, 8, 4), (3, 2100, 17)):
         x = torch.randn(*rows, k, dtype=dtype, device=device)
@@ -62,7 +67,7 @@ def quantize_tokens(input: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(codes.isnan(), 0.0, codes), token_scale
 
 
-@op(flops=_flops, samples=_samples, fake=_fake)
+@op(flops=_flops, samples=_samples, fake=_fake, reference_bytes=_reference_bytes)
 def int8_linear(input: Tensor, packed: Tensor, scale: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """`input @ weight^T + bias` with `input` rounded to 8 bits for each token, summed in integers.
 

@@ -25,6 +25,11 @@ def _flops(operands: Operands, result: Any) -> float:
     return 2.0 * hint(result.numel()) * hint(operands["input"].shape[-1])
 
 
+def _reference_bytes(operands: Operands, _: Any) -> float:
+    """The weight in float32, written and read."""
+    return 8.0 * hint(operands["packed"].shape[0]) * hint(operands["input"].shape[-1])
+
+
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterable[Sample]:
     for bits in (8, 4):
         for (*rows, k, n), group in (
@@ -40,7 +45,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterable[Sample]:
                 yield Sample(given, {"bits": bits, "group": group})
 
 
-@op(flops=_flops, samples=_samples, fake=_fake)
+@op(flops=_flops, samples=_samples, fake=_fake, reference_bytes=_reference_bytes)
 def quantized_linear(
     input: Tensor,
     packed: Tensor,
