@@ -25,12 +25,13 @@ SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "__pycach
 generated character tables are so alike that those held out would already be known."""
 HELD_OUT_ONE_IN = 16
 
-KEY, VALUE = 4, 8
-"""Bytes of a key and of a value, all of them letters from LETTERS."""
-LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype=np.uint8)
+KEY, VALUE = 4, 16
+"""Symbols of a key and of a value, which follows its key at once."""
+SYMBOLS = np.arange(128, 256, dtype=np.uint8)
+"""Bytes that source code hardly has. No symbol is in two notes of a sequence, so each says what comes next."""
 RECORD, QUERY = b"\n# note ", b"\n# recall "
-LINE = len(RECORD) + KEY + 3 + VALUE + 1
-"""Bytes of `\\n# note abcd = abcdefgh\\n`; the query is two longer."""
+LINE = len(RECORD) + KEY + VALUE + 1
+"""Bytes of a record line, from its first line feed to its last; the query is two longer."""
 SHORTEST = 2 * LINE + 2
 """The shortest distance: a record, and its query right after it."""
 
@@ -115,42 +116,51 @@ class Pair:
         return self.answer + VALUE - self.record
 
 
-def note(text: np.ndarray, at: int, rng: np.random.Generator) -> tuple[bytes, bytes]:
-    """Write a record line with a new (key, value) at `at`, in place, and return them."""
-    key, value = (bytes(rng.choice(LETTERS, n)) for n in (KEY, VALUE))
-    text[at : at + LINE] = np.frombuffer(RECORD + key + b" = " + value + b"\n", dtype=np.uint8)
-    return key, value
+def draw_symbols(rng: np.random.Generator) -> list[bytes]:
+    """A key and a value in one, for each note that a sequence can have: no symbol occurs twice."""
+    drawn = rng.permutation(SYMBOLS).tobytes()
+    size = KEY + VALUE
+    return [drawn[at : at + size] for at in range(0, len(drawn) - size + 1, size)]
 
 
-def plant(text: np.ndarray, distance: int, record: int, rng: np.random.Generator) -> Pair:
+def write(text: np.ndarray, at: int, line: bytes) -> None:
+    """Put a line into `text`, as much of it as fits."""
+    fits = text[at : at + len(line)]
+    fits[:] = np.frombuffer(line, dtype=np.uint8)[: len(fits)]
+
+
+def plant(text: np.ndarray, distance: int, record: int, symbols: bytes) -> Pair:
     """Write, in place, a record line at `record`, and its query such that the answer ends `distance` on."""
     end = record + distance
     if distance < SHORTEST:
         raise ValueError(f"distance {distance} is too short for a record and a query: {SHORTEST} at least")
     if record < 0 or end > len(text):
         raise ValueError(f"a pair from {record} to {end} does not fit {len(text)} tokens")
-    key, value = note(text, record, rng)
-    query = np.frombuffer(QUERY + key + b" = " + value, dtype=np.uint8)
-    text[end - len(query) : end] = query
-    text[end : end + 1] = ord("\n")
+    write(text, record, RECORD + symbols + b"\n")
+    write(text, end - len(QUERY) - len(symbols), QUERY + symbols + b"\n")
     return Pair(record, end - VALUE)
 
 
 def recall_sequence(text: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Pair]]:
-    """`text` with up to `count` pairs, places random, distances log-uniform; no line covers another."""
+    """`text` with up to `count` notes, each asked for up to twice; no line covers another.
+
+    Places are random, distances log-uniform.
+    """
     text, pairs, taken = text.copy(), [], np.zeros(len(text) + 1, dtype=bool)
-    for _ in range(4 * count):
-        if len(pairs) == count:
-            break
-        distance = int(np.exp(rng.uniform(np.log(SHORTEST), np.log(len(text)))))
-        record = int(rng.integers(0, len(text) - distance + 1))
-        end = record + distance + 1
-        spans = [slice(record, record + LINE), slice(end - LINE - 2, end)]
-        if any(taken[s].any() for s in spans):
-            continue
-        for s in spans:
-            taken[s] = True
-        pairs.append(plant(text, distance, record, rng))
+    for symbols in draw_symbols(rng)[:count]:
+        record = None
+        for _ in range(8):
+            distance = int(np.exp(rng.uniform(np.log(SHORTEST), np.log(len(text)))))
+            start = int(rng.integers(0, len(text) - distance + 1)) if record is None else record
+            query = slice(start + distance - LINE - 1, start + distance + 1)
+            own = slice(start, start + LINE)
+            if query.stop > len(taken) or taken[query].any() or (record is None and taken[own].any()):
+                continue
+            taken[own] = taken[query] = True
+            pairs.append(plant(text, distance, start, symbols))
+            if record is not None:
+                break
+            record = start
     return text, pairs
 
 
@@ -162,8 +172,7 @@ def weights(length: int, pairs: list[Pair], answer_weight: float) -> np.ndarray:
     counts = np.ones(length, dtype=np.float32)
     for pair in pairs:
         start = pair.record + len(RECORD)
-        counts[start : start + KEY] = 0
-        counts[start + KEY + 3 : start + KEY + 3 + VALUE] = 0
+        counts[start : start + KEY + VALUE] = 0
         counts[pair.answer : pair.answer + VALUE] = answer_weight
     return counts[1:]
 
@@ -174,14 +183,14 @@ def batch(
     """One step's (tokens, int64 [size, length + 1]; weights of all but the first, float32 [size, length]).
 
     `first` counts the windows read before this step; `recall_share` is the chance that a sequence holds
-    pairs, one for every 96 tokens.
+    notes and queries, one note for every 160 tokens.
     """
     rng = np.random.default_rng([seed, step])
     rows, counts = [], []
     for i in range(size):
         text, pairs = window(seed, length, first + i), []
         if rng.random() < recall_share:
-            text, pairs = recall_sequence(text, max(1, length // 96), rng)
+            text, pairs = recall_sequence(text, max(1, length // 160), rng)
         rows.append(text.astype(np.int64))
         counts.append(weights(len(text), pairs, answer_weight))
     return torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(counts))

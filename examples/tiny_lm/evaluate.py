@@ -53,15 +53,16 @@ def recall_probes(
 
 
 def recall_probe(text: np.ndarray, distance: int, length: int, index: int) -> quality.Probe:
-    """The index-th probe of a distance, cut from `text`; it has four decoys where they fit."""
+    """The index-th probe of a distance, cut from `text`; four decoys stand between note and query."""
     rng = np.random.default_rng([1, distance, index])
     start = int(rng.integers(len(text) - length))
     row = text[start : start + length].copy()
     record = int(rng.integers(0, length - distance + 1))
-    pair = data.plant(row, distance, record, rng)
+    asked, *decoys = data.draw_symbols(rng)
+    pair = data.plant(row, distance, record, asked)
     free = range(record + data.LINE, record + distance - 2 * data.LINE, data.LINE)
-    for place in rng.choice(free, size=min(4, len(free)), replace=False):
-        data.note(row, int(place), rng)
+    for place, symbols in zip(rng.choice(free, size=4, replace=False), decoys, strict=False):
+        data.write(row, int(place), data.RECORD + symbols + b"\n")
     tokens = torch.from_numpy(row.astype(np.int64))
     return quality.Probe(tokens, (pair.answer, pair.answer + data.VALUE), distance)
 
