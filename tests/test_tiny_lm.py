@@ -25,8 +25,8 @@ try:
 finally:
     sys.path.remove(str(EXAMPLE))
 
-NOTE = re.compile(rb"\n# note ([a-z]{4}) = ([a-z]{8})\n")
-RECALL = re.compile(rb"\n# recall ([a-z]{4}) = ([a-z]{8})(?=\n|$)")
+NOTE = re.compile(rb"\n# note ([\x80-\xff]{4})([\x80-\xff]{16})\n")
+RECALL = re.compile(rb"\n# recall ([\x80-\xff]{4})([\x80-\xff]{16})(?=\n|$)")
 
 
 def text_of(row: Any) -> bytes:
@@ -79,8 +79,9 @@ def test_answers_are_in_the_context_and_nothing_unknowable_is_asked(length: int)
             asked += 1
         hidden = {i for m in notes.values() for g in (1, 2) for i in range(*m.span(g))}
         assert {i + 1 for i in (weight == 0).nonzero().flatten().tolist()} == hidden
-        assert int((weight == 4).sum()) == 8 * len(RECALL.findall(text))
-    assert asked >= 8
+        assert int((weight == 4).sum()) == 16 * len(RECALL.findall(text))
+        assert len(set(b"".join(m[1] + m[2] for m in notes.values()))) == 20 * len(notes)
+    assert asked >= max(8, 8 * length // 160)
 
 
 def test_without_recall_nothing_is_planted() -> None:
@@ -113,11 +114,11 @@ def test_held_out_texts_begin_with_the_token_before_their_first_byte() -> None:
 
 
 def test_a_pair_that_does_not_fit_is_an_error() -> None:
-    text, rng = np.zeros(100, dtype=np.int16), np.random.default_rng(0)
-    with pytest.raises(ValueError, match="too short for a record and a query: 50 at least"):
-        data.plant(text, 49, 0, rng)
-    with pytest.raises(ValueError, match="from 60 to 110 does not fit 100 tokens"):
-        data.plant(text, 50, 60, rng)
+    text, symbols = np.zeros(100, dtype=np.int16), bytes(range(128, 148))
+    with pytest.raises(ValueError, match="too short for a record and a query: 60 at least"):
+        data.plant(text, 59, 0, symbols)
+    with pytest.raises(ValueError, match="from 50 to 110 does not fit 100 tokens"):
+        data.plant(text, 60, 50, symbols)
 
 
 def test_ngram_is_a_distribution_and_counts() -> None:

@@ -28,7 +28,7 @@ HELD_OUT_ONE_IN = 16
 KEY, VALUE = 4, 16
 """Symbols of a key and of a value, which follows its key at once."""
 SYMBOLS = np.arange(128, 256, dtype=np.uint8)
-"""Bytes that source code hardly has. No symbol is in two notes of a sequence, so each says what comes next."""
+"""Bytes that source code hardly has. No symbol is in two notes of a sequence: each says what comes next."""
 RECORD, QUERY = b"\n# note ", b"\n# recall "
 LINE = len(RECORD) + KEY + VALUE + 1
 """Bytes of a record line, from its first line feed to its last; the query is two longer."""
