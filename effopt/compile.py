@@ -216,10 +216,11 @@ class _Compilation:
         lowered = self._lower(captured, inputs, weights)
         weights.materialize(lowered)
         release.note_readers(lowered, weights)
+        given = [*inputs, *weights.lift(lowered)]
         if self.options.outline and self.options.lowering != "eager":
             with self._timed("outline"):
-                self.report.outlined = outline(lowered, inputs, captured.training)
-        compiled = self._hand_over(lowered, inputs)
+                self.report.outlined = outline(lowered, given, captured.training)
+        compiled = self._hand_over(lowered, given)
         if self.options.release_weights:
             self.report.take(release.release(lowered, weights))
         return run_time.with_fresh_weights(compiled, weights)

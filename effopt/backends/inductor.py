@@ -83,7 +83,10 @@ def _known_to_write_nothing(module: GraphModule) -> Iterator[None]:
 
 
 def _name_constants(module: GraphModule) -> None:
-    """Give tensors stored in a Dynamo graph the guard source that AOTAutograd asks of each."""
+    """Give the inputs and tensors that we added the guard source that AOTAutograd asks of each."""
+    for node in module.graph.find_nodes(op="placeholder"):
+        if not hasattr(node, "_dynamo_source"):
+            node._dynamo_source = ConstantSource(f"effopt_{node.name}")
     sources = getattr(module, "_param_name_to_source", None)
     if sources is None:
         return

@@ -13,14 +13,13 @@ Compiled = Callable[..., Any]
 
 
 def with_fresh_weights(compiled: Compiled, weights: DerivedWeights) -> Compiled:
-    """Derive constants again whose parameters have changed since; what reads parameters lives as long."""
+    """Give compiled code its constants, as its last inputs. `weights` lives as long as the code."""
     if not any(isinstance(value, torch.nn.Parameter) for value in weights.inputs):
         return compiled
     weights.forget_inputs()
 
     def call(*inputs: Any) -> Any:
-        weights.refresh(inputs)
-        return compiled(*inputs)
+        return compiled(*inputs, *weights.tensors(inputs))
 
     return call
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,23 +64,33 @@ class Derivation:
         """Compute what is held again if a parameter changed since, in place so that compiled code sees it.
 
         Raises:
-            ReleasedWeightError: a parameter that is needed was freed; or the held tensors are all that is
-                left of other parameters that were.
+            ReleasedWeightError: a parameter that is needed was freed.
         """
         if self._is_current(parameters):
             return
-        left = (was[0]() for was, p in zip(self.states, parameters, strict=True) if was[0]() is not p)
-        if self.held and any(p is not None and is_released(p) for p in left):
-            raise ReleasedWeightError(
-                f"{self.kind}: the graph is called with other parameters than those whose memory option"
-                " 'release_weights' freed. Compile each model, not a part that several share, or do not free"
-            )
         if self.held:
             made = self._compute(parameters)
             with torch.inference_mode(False), torch.no_grad():
                 for index, tensor in self.held.items():
                     tensor.copy_(made[index])
         self.states = tuple(_state(p) for p in parameters)
+
+    def of(self, parameters: Sequence[Tensor]) -> Derivation:
+        """The same, made from these parameters: itself, or what any graph that is called with them reads."""
+        if all(was[0]() is p for was, p in zip(self.states, parameters, strict=True)):
+            return self
+        sources = tuple(
+            Part(s.of.of([parameters[i] for i in s.parameters]), s.index, s.parameters)
+            if isinstance(s, Part)
+            else s
+            for s in self.sources
+        )
+        return _shared(self.kind, self.derive, sources, parameters, self.count)
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether a parameter that it is made from is gone."""
+        return any(p is None for p in self.parameters)
 
     def settle(self) -> None:
         """Take the parameters as they are now, freed perhaps, for what the held tensors were made of."""
@@ -132,6 +142,18 @@ _SHARED: weakref.WeakValueDictionary[Any, Derivation] = weakref.WeakValueDiction
 """(kind, identities of the sources) -> derivation, as long as a graph reads it."""
 
 
+def _shared(
+    kind: str, derive: Derive, sources: tuple[int | Part, ...], parameters: Sequence[Tensor], count: int
+) -> Derivation:
+    identities = ((id(s.of), s.index) if isinstance(s, Part) else id(parameters[s]) for s in sources)
+    key = (kind, *identities)
+    found = _SHARED.get(key)
+    if found is None or not all(s[0]() is p for s, p in zip(found.states, parameters, strict=True)):
+        found = Derivation(kind, derive, sources, tuple(_state(p) for p in parameters), count)
+        _SHARED[key] = found
+    return found
+
+
 @dataclass(frozen=True)
 class Entry:
     """A buffer of the graph module, and the result that it is."""
@@ -151,6 +173,10 @@ class DerivedWeights:
     """The real inputs of the compile call."""
     entries: list[Entry] = field(default_factory=list)
     _watched: list[tuple[int, State]] = field(default_factory=list)
+    """Inputs that `_last` was made from, as they were."""
+    _last: tuple[Tensor, ...] = ()
+    _used: set[Derivation] = field(default_factory=set)
+    """Keeps the constants of every module that the graph was called for."""
 
     def is_weight(self, node: Any) -> bool:
         """Whether a node is a real parameter that a constant can be derived from."""
@@ -221,13 +247,7 @@ class DerivedWeights:
             at = tuple(inputs.index(i) for i in needed if i is not None)
             parts.append(at[0] if entry is None else Part(entry.derivation, entry.index, at))
         parameters = [self.inputs[i] for i in inputs]
-        identities = ((id(p.of), p.index) if isinstance(p, Part) else id(parameters[p]) for p in parts)
-        key = (kind, *identities)
-        found = _SHARED.get(key)
-        if found is None or not all(s[0]() is p for s, p in zip(found.states, parameters, strict=True)):
-            found = Derivation(kind, derive, tuple(parts), tuple(_state(p) for p in parameters), count)
-            _SHARED[key] = found
-        return found, tuple(inputs)
+        return _shared(kind, derive, tuple(parts), parameters, count), tuple(inputs)
 
     def evaluate(self, name: str, given: Mapping[int, Tensor]) -> Tensor:
         """What a constant would be if the input at each position were the tensor given for it."""
@@ -252,23 +272,56 @@ class DerivedWeights:
             derivation.hold([e.index for e in entries], [self.inputs[i] for i in entries[0].inputs])
             for entry in entries:
                 setattr(module, entry.name, derivation.held[entry.index])
-        self._watch()
 
-    def refresh(self, inputs: Sequence[Any]) -> None:
-        """Bring all constants up to date with the parameters of this call. Raises ReleasedWeightError."""
-        if all(_is_in_state(inputs[position], was) for position, was in self._watched):
-            return
-        for derivation, entry in {e.derivation: e for e in self.entries}.items():
-            derivation.refresh([inputs[i] for i in entry.inputs])
-        self._watch()
+    def lift(self, module: GraphModule) -> tuple[Tensor, ...]:
+        """Make the constants the last inputs of the graph; their fake values, whose sizes are known numbers.
+
+        Code compiled for one module is called for others of its class, with their parameters: what it reads
+        is chosen at each call, by `tensors`.
+        """
+        fakes = []
+        for entry in self.entries:
+            last = list(module.graph.find_nodes(op="placeholder"))[-1]
+            (node,) = module.graph.find_nodes(op="get_attr", target=entry.name)
+            with module.graph.inserting_after(last):
+                lifted = module.graph.placeholder(entry.name)
+            lifted.meta.update(node.meta)
+            # Its memory stays where it is from call to call; what captures CUDA graphs needs not copy it.
+            lifted.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            node.replace_all_uses_with(lifted)
+            module.graph.erase_node(node)
+            delattr(module, entry.name)
+            fakes.append(node.meta["val"])
+        module.recompile()
+        return tuple(fakes)
+
+    def tensors(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The constants for a call with these inputs, up to date. Raises ReleasedWeightError."""
+        if not self.entries:
+            return ()
+        if self._last and all(_is_in_state(inputs[position], was) for position, was in self._watched):
+            return self._last
+        now: dict[Derivation, Derivation] = {}
+        wanted: dict[Derivation, list[int]] = {}
+        for entry in self.entries:
+            wanted.setdefault(entry.derivation, []).append(entry.index)
+        for entry in self.entries:
+            if entry.derivation not in now:
+                parameters = [inputs[i] for i in entry.inputs]
+                now[entry.derivation] = entry.derivation.of(parameters)
+                now[entry.derivation].hold(wanted[entry.derivation], parameters)
+        self._used = {d for d in self._used if not d.is_orphan} | set(now.values())
+        self._last = tuple(now[e.derivation].held[e.index] for e in self.entries)
+        states = {i: s for e in self.entries for i, s in zip(e.inputs, now[e.derivation].states, strict=True)}
+        self._watched = list(states.items())
+        self.entries = [
+            replace(e, derivation=now[e.derivation]) if e.derivation.is_orphan else e for e in self.entries
+        ]
+        return self._last
 
     def forget_inputs(self) -> None:
         """After compiling: keep no parameter alive that the model has replaced."""
         self.inputs = ()
-
-    def _watch(self) -> None:
-        found = {i: s for e in self.entries for i, s in zip(e.inputs, e.derivation.states, strict=True)}
-        self._watched = list(found.items())
 
 
 def derivations_of(parameter: Tensor) -> list[Derivation]:
