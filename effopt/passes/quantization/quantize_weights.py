@@ -72,7 +72,9 @@ class QuantizeWeights(GraphPass):
                     result.reject(self.name, node, why.reason)
                 continue
             kind = "embedding" if node.target is _EMBEDDING else "linear"
-            result.apply(self.name, kind, node, self._replace(node, source, module, context))
+            before, after = self._bytes(node)
+            note = f"{before} -> {after} bytes{self._replace(node, source, module, context)}"
+            result.apply(self.name, kind, node, note, weight_bytes=(before, after))
         return result
 
     def _legal(self, node: Node, path: str, context: Context) -> WeightSource:
@@ -90,22 +92,24 @@ class QuantizeWeights(GraphPass):
         is_known = len(shape) == 2 and all(type(size) is int for size in shape)
         require(is_known, f"its weight is {list(shape)}, not [n, k] of known sizes", node)
         require(is_floating(weight), f"its weight is {val(weight).dtype}, not floating", node)
-        (n, k), size = shape, val(weight).element_size()
+        k = shape[1]
         require(
             self.group <= k, f"group={self.group} is more than a row has; take group={k} or group=0", node
         )
-        after = quantized_bytes(n, k, size, **self._form)
-        require(
-            after < n * k * size, f"{after} bytes quantised, {n * k * size} as it is: nothing is saved", node
-        )
+        before, after = self._bytes(node)
+        require(after < before, f"{after} bytes quantised, {before} as it is: nothing is saved", node)
         return source
+
+    def _bytes(self, node: Node) -> tuple[int, int]:
+        (n, k), size = shape_of(_weight(node)), val(_weight(node)).element_size()
+        return n * k * size, quantized_bytes(n, k, size, **self._form)
 
     @property
     def _form(self) -> dict[str, Any]:
         return {"bits": self.bits, "group": self.group, "symmetric": self.symmetric}
 
     def _replace(self, node: Node, source: WeightSource, module: GraphModule, context: Context) -> str:
-        (n, k), size = shape_of(_weight(node)), val(_weight(node)).element_size()
+        k = shape_of(_weight(node))[1]
         kind = " ".join([self.name, *(f"{k}={v}" for k, v in self._form.items()), source.describe()]).strip()
         make = functools.partial(_derive, source.steps, **self._form)
         packed, scale, *zero = context.weights.derive(module, kind, make, source.parameter)
@@ -116,11 +120,10 @@ class QuantizeWeights(GraphPass):
         else:
             bias = node.args[2] if len(node.args) > 2 else None
             made = emit(ops.quantized_linear, node.args[0], *operands, bias, **form)
-        note = f"{n * k * size} -> {quantized_bytes(n, k, size, **self._form)} bytes"
         node.replace_all_uses_with(made)
         module.graph.erase_node(node)
         is_table = not self.embeddings and any(u.target is _EMBEDDING for u in source.parameter.users)
-        return f"{note}; the embedding that it is tied to keeps the original" if is_table else note
+        return "; the embedding that it is tied to keeps the original" if is_table else ""
 
     def samples(self) -> Iterable[Example]:
         x = torch.randn(2, 5, 24)
