@@ -27,7 +27,7 @@ class Lowering:
     """Predicted seconds for (target, operands, result); only the order matters."""
     differentiable: bool = True
     """Whether autograd goes through `call`. Those without a backward are left out of training."""
-    prepack: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    prepack: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict, hash=False)
     """Operand name -> the layout that `call` wants of it: a module-level function, pure, of that operand.
 
     Such an operand must be a constant of the graph. It is laid out once, for all graphs of a model and all

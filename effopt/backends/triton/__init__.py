@@ -13,8 +13,10 @@ LOWERINGS: tuple[Lowering, ...] = ()
 
 if find_spec("triton") is not None:
     from effopt.backends.triton.glu import GLU
+    from effopt.backends.triton.int8_linear import INT8_LINEAR
     from effopt.backends.triton.layer_norm import ADD_LAYER_NORM, LAYER_NORM
+    from effopt.backends.triton.quantized_linear import QUANTIZED_LINEAR
     from effopt.backends.triton.rms_norm import ADD_RMS_NORM, RMS_NORM
     from effopt.backends.triton.rope import ROPE
 
-    LOWERINGS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU, ROPE)
+    LOWERINGS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU, ROPE, QUANTIZED_LINEAR, INT8_LINEAR)

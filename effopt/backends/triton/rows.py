@@ -121,7 +121,7 @@ def launch(kernel: Any, programs: int, on: Tensor, *args: Any, **options: Any) -
         guard = torch.accelerator.device_index(on.device.index)
     with guard:
         # Triton 3.9 warns if the caller leaves this open, since its default changes in 3.10.
-        kernel[(programs,)](*args, enable_fp_fusion=True, **options)
+        kernel[(programs,)](*args, **{"enable_fp_fusion": True, **options})
 
 
 def check_floating(**tensors: Tensor | None) -> None:

@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from effopt.backends.triton import glu, layer_norm, rms_norm, rope, rows
+from effopt.backends.triton import glu, int8_linear, layer_norm, quantized_linear, rms_norm, rope, rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,8 +34,10 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+TYPES = {"p_packed": "*u8", "p_zero": "*u8", "p_codes": "*i8", "p_signed": "*i8", "p_token_scale": "*fp32"}
+"""Pointers to something else than the dtype of a case."""
 Case = tuple[str, Any, str, dict[str, Any]]
-"""Name, kernel, dtype of what pointers point to, launch options (constexprs and num_warps)."""
+"""Name, kernel, dtype of what pointers point to, launch options: constexprs, num_warps, more `types`."""
 
 
 def norm_cases() -> Iterator[Case]:
@@ -88,7 +90,36 @@ def rope_cases() -> Iterator[Case]:
                 yield name, rope.rope_kernel, dtype, options
 
 
-CASES = {case[0]: case for case in (*norm_cases(), *glu_cases(), *rope_cases())}
+def tile_options(tile: quantized_linear.MatrixTile) -> dict[str, Any]:
+    return {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "num_warps": tile.warps}
+
+
+def quantized_linear_cases() -> Iterator[Case]:
+    """One row, k divided; and many rows. Tiles in one group, and across groups with zeros."""
+    for dtype, dot in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
+        for bits in quantized_linear.BITS:
+            for m in (1, 512):
+                for aligned in (True, False):
+                    options = tile_options(quantized_linear.tile_for(m, DTYPES[dtype]))
+                    options |= {"BITS": bits, "ALIGNED": aligned, "STEPS": 16, "DOT": dot}
+                    options |= {"p_zero": None} if aligned else {}
+                    options |= {"p_bias": None, "types": {"p_out": "*fp32"}} if m == 1 else {}
+                    name = f"quantized_linear-{dtype}-{bits}-{m}" + "-aligned" * aligned
+                    yield name, quantized_linear.quantized_linear_kernel, dtype, options
+
+
+def int8_linear_cases() -> Iterator[Case]:
+    for dtype in ("bf16", "fp32"):
+        tokens = {"STEPS": 4, "BLOCK": int8_linear.BLOCK, "num_warps": int8_linear.WARPS}
+        yield f"int8_linear-tokens-{dtype}", int8_linear.quantize_tokens_kernel, dtype, tokens
+        for m in (1, 512):
+            options = tile_options(int8_linear.tile_for(m)) | {"PARTS": 8 if m == 1 else 1, "STEPS": 16}
+            options |= {"p_bias": None, "types": {"p_out": "*i32"}} if m == 1 else {}
+            yield f"int8_linear-{dtype}-{m}", int8_linear.int8_linear_kernel, dtype, options
+
+
+ROW_CASES = (*norm_cases(), *glu_cases(), *rope_cases())
+CASES = {case[0]: case for case in (*ROW_CASES, *quantized_linear_cases(), *int8_linear_cases())}
 
 
 def source_of(case: Case) -> ASTSource:
@@ -102,13 +133,15 @@ def source_of(case: Case) -> ASTSource:
         elif name in ("p_dweight", "p_dbias"):
             signature[name] = "*fp64" if dtype == "fp64" else "*fp32"
         elif name.startswith("p_"):
-            signature[name] = f"*{dtype}"
+            signature[name] = (TYPES | options.get("types", {})).get(name, f"*{dtype}")
         elif name.endswith("_strides"):
             signature[name] = ("i32", "i32", "i32", "constexpr")
             constants[kernel.arg_names.index(name), 3] = 1
         else:
             signature[name] = "i32"
-    aligned = [i for i, n in enumerate(kernel.arg_names) if n.startswith("p_") or n in ("d", "n")]
+    aligned = [
+        i for i, n in enumerate(kernel.arg_names) if n.startswith("p_") or n in ("d", "n", "k", "row_bytes")
+    ]
     aligned += [i for i, n in enumerate(kernel.arg_names) if n.endswith("_stride")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if kernel.arg_names[i] not in constants}
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)

@@ -15,6 +15,8 @@ registers, with which one more program fits a multiprocessor. More than that is 
 SHARED_BYTES = 32 * 1024
 """What a program may take for reductions and for turning layouts; the largest take exactly that, on gfx942
 whose programs have 64 KiB. Below 48 KiB no target asks for an opt-in."""
+MATRIX_SHARED_BYTES = 48 * 1024
+"""A matrix kernel keeps the operands of its next two steps there as well."""
 
 
 def compile_all() -> list[dict[str, Any]]:
@@ -41,4 +43,8 @@ def test_every_kernel_compiles_for_every_target() -> None:
             assert {"backward" in case for case in found} == {False, True}
     assert not [fact for fact in facts if fact["spill_bytes"] > SPILL_BYTES]
     assert sum(fact["spill_bytes"] > 0 for fact in facts) <= len(facts) // 50
-    assert not [fact for fact in facts if fact["shared_bytes"] > SHARED_BYTES]
+    matrix = ("quantized_linear", "int8_linear")
+    assert all(any(case.startswith(kernel) for case in cases) for kernel in matrix)
+    for fact in facts:
+        bound = MATRIX_SHARED_BYTES if fact["case"].startswith(matrix) else SHARED_BYTES
+        assert fact["shared_bytes"] <= bound, fact
