@@ -119,10 +119,11 @@ def _body(
     module: GraphModule, instance: Sequence[Node], groups: list[list[tuple[int, int]]], returned: list[int]
 ) -> tuple[GraphModule, list[Any]]:
     graph, env, fakes = Graph(), dict[Node, Node](), list[Any]()
-    for i, j in (group[0] for group in groups):
+    for k, (i, j) in enumerate(group[0] for group in groups):
         source = operands(instance[i])[j]
         fakes.append(_fake(source))
-        env[source] = graph.placeholder(f"operand_{len(env)}")
+        # Two operands may be one node in this copy, and not in another: each has a placeholder.
+        env[source] = graph.placeholder(f"operand_{k}")
     slots = {slot: k for k, group in enumerate(groups) for slot in group}
     parameters = list(graph.find_nodes(op="placeholder"))
     for i, node in enumerate(instance):

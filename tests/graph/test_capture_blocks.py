@@ -173,3 +173,19 @@ def test_an_operand_written_after_the_blocks_is_traced_whole(
         once, whole, used = both_ways(Late().eval(), torch.randn(3, 8), monkeypatch=monkeypatch)
     assert not used
     assert once == whole
+
+
+def test_operands_that_are_one_value_in_the_first_copy_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(x: Tensor, *weights: Tensor) -> Tensor:
+        start = x.sin()
+        x = start
+        for w in weights:
+            h = torch.tanh((x + start).cos() @ w).sigmoid() @ w
+            h = torch.relu(h.exp() * h.sin() + h.tanh() @ w).cos() * 0.1
+            x = x + torch.relu(h).exp() * 0.5
+        return x
+
+    inputs = (torch.randn(3, 8), *(torch.randn(8, 8) for _ in range(4)))
+    in_blocks, whole, used = both_ways(model, *inputs, monkeypatch=monkeypatch)
+    assert used
+    assert in_blocks == whole

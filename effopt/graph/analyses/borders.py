@@ -216,7 +216,7 @@ def _steps(segments: Sequence[Span], ancestry: Ancestry) -> tuple[list[Span], li
 
 def _kind(span: Span, ancestry: Ancestry) -> object:
     """What equal steps of a stack share; each step that is no layer differs from all others."""
-    return span if _why_no_layer(span, ancestry) is not None else parameters_of(span)
+    return span if _why_no_layer(span, ancestry) is not None else _make_of(span)
 
 
 def _best_period(kinds: Sequence[object]) -> tuple[int, int, int, int]:
@@ -234,12 +234,13 @@ def _best_period(kinds: Sequence[object]) -> tuple[int, int, int, int]:
     return best
 
 
-def parameters_of(span: Span) -> frozenset[tuple[object, int]]:
-    """The shapes of what a span reads of the graph's inputs, as it is or taken apart, and how often."""
+def _make_of(span: Span) -> frozenset[tuple[object, int]]:
+    """What a span calls, and the shapes of what it reads of the graph's inputs, each with how often."""
     inside = {span.entry, *span.nodes}
     outside = dict.fromkeys(a for n in span.nodes for a in n.all_input_nodes if a not in inside)
-    shapes = Counter(type_of(val(a)) for a in outside if _is_of_input(a))
-    return frozenset(shapes.items())
+    found: Counter[object] = Counter(n.target for n in span.nodes)
+    found.update(type_of(val(a)) for a in outside if _is_of_input(a))
+    return frozenset(found.items())
 
 
 def _is_of_input(node: Node) -> bool:

@@ -12,6 +12,7 @@ anywhere. What is left of a layer that was skipped before is no layer.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -141,11 +142,16 @@ def _common_path(span: Span) -> str:
 
 def _all_nodes(span: Span, ancestry: Ancestry) -> tuple[Node, ...]:
     """The nodes of a span and what is computed from them and from no other part of the stream."""
-    inside = {span.entry, *span.nodes}
-    for node in ancestry.nodes[ancestry.position[span.nodes[0]] :]:
-        if node.op == "output" or ancestry.depends(node, span.exit):
+    inside = set(span.nodes)
+    waiting = [user for node in span.nodes if node is not span.exit for user in node.users]
+    heap = sorted({ancestry.position[user] for user in waiting} - {ancestry.position[n] for n in inside})
+    while heap:
+        node = ancestry.nodes[heapq.heappop(heap)]
+        if node in inside or node.op == "output" or ancestry.depends(node, span.exit):
             continue
         read = [a for a in node.all_input_nodes if ancestry.depends(a, span.entry)]
-        if read and all(a in inside for a in read) and any(a is not span.entry for a in read):
+        if all(a in inside or a is span.entry for a in read):
             inside.add(node)
-    return tuple(sorted(inside - {span.entry}, key=ancestry.position.__getitem__))
+            for user in node.users:
+                heapq.heappush(heap, ancestry.position[user])
+    return tuple(sorted(inside, key=ancestry.position.__getitem__))

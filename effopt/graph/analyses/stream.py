@@ -53,6 +53,9 @@ _THROUGH = frozenset(
 )
 """Calls whose result is their first operand, scaled, normed, rounded or laid out anew."""
 
+_SOURCES = 8
+"""How many of the values that a stream may begin at are tried."""
+
 
 class Ancestry:
     """The order of a graph's nodes, and which of them each one is computed from."""
@@ -192,22 +195,30 @@ def _cuts(end: Node, members: set[Node], ancestry: Ancestry) -> tuple[Node, ...]
     """Members that no use of an earlier member passes by, on its way to `end`.
 
     A member that is computed from no other is a source: where the stream begins, or an operand that
-    layers add, such as positions. It may pass, before its first sum; the stream begins at the source
+    layers add, such as positions, which may pass until it is in a sum. The stream begins at the source
     with the most cuts.
     """
     mask = ancestry.mask(members)
-    cuts, sources, outside = [], [], set()
-    furthest = -1
-    for node in sorted(members, key=ancestry.position.__getitem__):
-        if furthest <= ancestry.position[node]:
-            cuts.append(node)
+    in_order = sorted(members, key=ancestry.position.__getitem__)
+    source_of: dict[Node, Node] = {}
+    for node in in_order:
         before = continued(node)
         if not ancestry.depends_on_any(node, mask):
-            sources.append(node)
-        if node is sources[-1] or (len(before) == 1 and before[0] in outside):
-            outside.add(node)
-            continue
-        uses = (ancestry.position[u] for u in node.users if ancestry.depends(end, u))
-        furthest = max(furthest, max(uses, default=-1))
-    ways = [tuple(cut for cut in cuts if ancestry.depends(cut, source)) for source in sources]
-    return max(ways, key=len)
+            source_of[node] = node
+        elif len(before) == 1 and before[0] in source_of:
+            source_of[node] = source_of[before[0]]
+    ends = {
+        n: max((ancestry.position[u] for u in n.users if ancestry.depends(end, u)), default=-1)
+        for n in members
+    }
+    best: list[Node] = []
+    for start in [n for n in in_order if source_of.get(n) is n][:_SOURCES]:
+        cuts = []
+        furthest = -1
+        for node in in_order:
+            if furthest <= ancestry.position[node] and ancestry.depends(node, start):
+                cuts.append(node)
+            if source_of.get(node, start) is start:
+                furthest = max(furthest, ends[node])
+        best = max(best, cuts, key=len)
+    return tuple(best)
