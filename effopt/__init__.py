@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from effopt.errors import PipelineError as PipelineError
     from effopt.errors import PlanError as PlanError
     from effopt.errors import PluginError as PluginError
+    from effopt.errors import ReleasedWeightError as ReleasedWeightError
     from effopt.errors import UnexpectedOps as UnexpectedOps
     from effopt.graph.ops.base import Op as Op
     from effopt.graph.ops.base import Sample as Sample
@@ -65,6 +66,7 @@ _HOMES = {
         "PipelineError",
         "PlanError",
         "PluginError",
+        "ReleasedWeightError",
         "UnexpectedOps",
     ),
     "effopt.graph.ops.base": ("Op", "Sample", "op"),
