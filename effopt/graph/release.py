@@ -7,7 +7,9 @@ process, so the modules that own one, and those around them, are given checks th
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -103,6 +105,7 @@ def release(module: GraphModule, weights: DerivedWeights) -> PassResult:
         )
         _free(parameter, parameter_path(node))
     _guard(modules, freed)
+    _return_to_system()
     return result
 
 
@@ -146,6 +149,14 @@ def _free(parameter: Parameter, path: str) -> None:
     for derivation in derivations:
         derivation.settle()
     _freed[parameter] = _Freed(path, tuple(derivations))
+
+
+def _return_to_system() -> None:
+    """Give freed pages back. glibc keeps them: a 4-bit Llama, 325 MB in bfloat16, stayed at 1.5x of that."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in other C libraries
+        if trim is not None:
+            trim(0)
 
 
 def _guard(modules: Iterable[Module], freed: Sequence[Parameter]) -> None:
