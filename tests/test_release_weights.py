@@ -248,6 +248,20 @@ def test_code_that_runs_eagerly_inside_is_an_error() -> None:
         compiled(torch.eye(32).to_sparse())
 
 
+def test_code_of_another_model_is_not_run_on_freed_weights() -> None:
+    """The second model runs the code that was compiled for the first, which never saw its parameters."""
+    first, second, x = layers(), layers(), torch.randn(5, 32)
+    plain = [torch.compile(m, backend=effopt, options=EAGER) for m in (first, second)]
+    with torch.no_grad():
+        for compiled in plain:
+            compiled(x)
+        compile_released(second)(x)
+        assert second[0].weight.untyped_storage().nbytes() == 0
+        with pytest.raises(ReleasedWeightError, match=r"0\.weight was freed"):
+            plain[1](x)
+        assert torch.equal(plain[0](x), first(x))
+
+
 def test_forgotten_code_is_compiled_again_from_what_was_kept() -> None:
     _, compiled, x, before = released_layers()
     torch._dynamo.reset()

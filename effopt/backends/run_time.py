@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from effopt.graph import release
 from effopt.graph.weights import DerivedWeights
 
 Compiled = Callable[..., Any]
@@ -19,6 +20,7 @@ def with_fresh_weights(compiled: Compiled, weights: DerivedWeights) -> Compiled:
     weights.forget_inputs()
 
     def call(*inputs: Any) -> Any:
+        release.check_call(weights, inputs)
         return compiled(*inputs, *weights.tensors(inputs))
 
     return call

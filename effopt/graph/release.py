@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.nn import Module, Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -54,8 +54,10 @@ def note_readers(module: GraphModule, weights: DerivedWeights) -> None:
     Raises:
         ReleasedWeightError: it reads one that was freed.
     """
-    for node, parameter in _parameters(module, weights.inputs):
-        if not node.users:
+    reads = []
+    for position, node in enumerate(module.graph.find_nodes(op="placeholder")):
+        parameter = weights.inputs[position] if position < len(weights.inputs) else None
+        if not node.users or not isinstance(parameter, Parameter):
             continue
         if is_released(parameter):
             user = next(iter(node.users))
@@ -63,7 +65,18 @@ def note_readers(module: GraphModule, weights: DerivedWeights) -> None:
                 f"{parameter_path(node)} was freed by option 'release_weights', and this graph reads it (in"
                 f" {user.name}). Compile every graph of a model with the same passes, or load the model again"
             )
+        reads.append(position)
         _readers.setdefault(parameter, weakref.WeakSet()).add(weights)
+    weights.reads = tuple(reads)
+
+
+def check_call(weights: DerivedWeights, inputs: Sequence[Any]) -> None:
+    """Raise ReleasedWeightError if a call hands a graph a freed parameter that it reads.
+
+    Code compiled for one module also runs for others of its class, whose parameters it never saw.
+    """
+    if len(_freed):
+        refuse_released([inputs[i] for i in weights.reads])
 
 
 def refuse_released(inputs: Sequence[Any]) -> None:
@@ -107,11 +120,6 @@ def release(module: GraphModule, weights: DerivedWeights) -> PassResult:
     _guard(modules, freed)
     _return_to_system()
     return result
-
-
-def _parameters(module: GraphModule, inputs: Sequence[Any]) -> Iterable[tuple[Node, Parameter]]:
-    pairs = zip(module.graph.find_nodes(op="placeholder"), inputs, strict=False)
-    return ((node, value) for node, value in pairs if isinstance(value, Parameter))
 
 
 def _why_kept(parameter: Parameter, shared: set[int]) -> str | None:

@@ -172,6 +172,8 @@ class DerivedWeights:
     inputs: Sequence[Any] = ()
     """The real inputs of the compile call."""
     entries: list[Entry] = field(default_factory=list)
+    reads: tuple[int, ...] = ()
+    """Positions of the parameters that the compiled graph reads as they are."""
     _watched: list[tuple[int, State]] = field(default_factory=list)
     """Inputs that `_last` was made from, as they were."""
     _last: tuple[Tensor, ...] = ()
