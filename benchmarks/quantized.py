@@ -195,6 +195,13 @@ def show(found: list[Measurement]) -> None:
         )
 
 
+def write(path: Path, results: list[Measurement]) -> None:
+    """After each layer, since all of them take half an hour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {"machine": machine(), "rows": [asdict(m) for m in results]}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -221,10 +228,8 @@ def main() -> None:
                 found = measure(case, arguments.rounds if rows < 100 else max(3, arguments.rounds // 3))
                 show(found)
                 results += found
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        rows_found = [asdict(m) for m in results]
-        arguments.json.write_text(json.dumps({"machine": machine(), "rows": rows_found}, indent=1) + "\n")
+                if arguments.json:
+                    write(arguments.json, results)
 
 
 if __name__ == "__main__":

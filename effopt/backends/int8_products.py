@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
@@ -103,6 +104,11 @@ def inexact() -> str | None:
     Without VNNI the library adds pairs of products in 16 bits, which saturate, and says nothing:
     https://github.com/pytorch/pytorch/issues/136746. So it is asked for the largest products there are.
     """
+    with unset_fake_temporarily():
+        return _probe()
+
+
+def _probe() -> str | None:
     for m in (2, 33):
         codes = torch.full((m, 64), 127, dtype=torch.int8)
         codes[1] = -127
