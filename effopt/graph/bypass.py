@@ -22,6 +22,8 @@ def bypass(pass_name: str, stack: Stack, decisions: Sequence[Any], graph: Graph,
     ancestry = Ancestry(graph)
     # What nothing read before is there for its effect, and stays.
     was_read = {node for node in graph.nodes if node.users}
+    # Erased nodes forget what they read.
+    keys = {layer.exit: [a for n in attention_of(layer) for a in n.all_input_nodes[1:3]] for layer in chosen}
     entries: dict[Node, Node] = {}
     for layer in chosen:
         entries[layer.exit] = entries.get(layer.entry, layer.entry)
@@ -32,14 +34,14 @@ def bypass(pass_name: str, stack: Stack, decisions: Sequence[Any], graph: Graph,
     alive = set(graph.nodes)
     for layer in chosen:
         left = [n for n in layer.nodes if n in alive and ancestry.depends(n, layer.entry)]
-        result.apply(pass_name, "identity", layer.exit, _note(layer, left, alive, ancestry))
+        result.apply(pass_name, "identity", layer.exit, _note(layer, left, keys[layer.exit], ancestry))
 
 
-def _note(layer: Layer, left: Sequence[Node], alive: set[Node], ancestry: Ancestry) -> str:
+def _note(layer: Layer, left: Sequence[Node], keys: Sequence[Node], ancestry: Ancestry) -> str:
     """Which layer it was, if its module does not say so, and what of it still runs."""
     name = "" if layer_of(layer.exit).startswith(layer.path) else layer.path
-    operands = [a for n in attention_of(layer) if n not in alive for a in n.all_input_nodes[1:3]]
-    is_cached = any(ancestry.depends(operand, node) for operand in operands for node in left)
+    is_cached = any(ancestry.depends(key, node) for key in keys for node in left)
+    is_cached = is_cached and not any(node in left for node in attention_of(layer))
     if is_cached:
         rest = "its cache is still written: pass past_key_values=effopt.cache_for(model, plan)"
     elif left:
