@@ -152,7 +152,7 @@ class Int8(nn.Module):
 
 def quantize(model: nn.Module, bits: int, group: int, symmetric: bool, activations: bool) -> None:
     """Round the weight of every linear layer; with `activations`, replace it by one on integers."""
-    for name, module in list(model.named_modules()):
+    for module in list(model.modules()):
         if not isinstance(module, (nn.Linear, Conv1D)) and not type(module).__name__.endswith("Router"):
             continue
         stored: Tensor = module.weight.detach()
@@ -162,7 +162,8 @@ def quantize(model: nn.Module, bits: int, group: int, symmetric: bool, activatio
         is_plain = isinstance(module, (nn.Linear, Conv1D))
         if activations and is_plain:
             bias = getattr(module, "bias", None)
-            model.set_submodule(name, Int8(weight, None if bias is None else bias.detach()))
+            # Only the function: what other layers took from this module by a hook, they still take.
+            module.forward = Int8(weight, None if bias is None else bias.detach()).forward
             continue
         value = rounded(weight, bits, group, symmetric)[0]
         module.weight = nn.Parameter(value.T.contiguous() if isinstance(module, Conv1D) else value)

@@ -109,6 +109,12 @@ def output_of(result: Any) -> torch.Tensor:
     return result if isinstance(result, torch.Tensor) else main_output(result)
 
 
+def loss_of(result: Any) -> torch.Tensor:
+    """Weighs every element otherwise: the mean square of normalised rows has no gradient."""
+    output = output_of(result)
+    return (output * torch.arange(output.numel(), dtype=output.dtype).sin().view_as(output)).sum()
+
+
 def compiled_output(
     model: nn.Module, inputs: dict[str, Any], request: Request, **options: Any
 ) -> tuple[torch.Tensor, effopt.Report]:
@@ -141,7 +147,7 @@ def test_any_subset_equals_the_twin(
     assert relative(got, expected) < tolerance_of(got.dtype).rtol
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_everything_at_once_through_inductor(name: str) -> None:
     request = Request(0.5, 2, 4, 16)
     model, inputs = model_and_inputs(name, 2, 9)
@@ -156,10 +162,13 @@ def test_everything_at_once_through_inductor(name: str) -> None:
 def test_training_equals_the_twin(name: str) -> None:
     request = Request(0.75, 2)
     model, inputs = model_and_inputs(name, 2, 9)
+    model.float()  # norms of these models round float64 to float32, and so do their gradients
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].float()
     oracle = twin(model, request)
-    output_of(oracle(**inputs)).square().mean().backward()
+    loss_of(oracle(**inputs)).backward()
     got, report = compiled_output(model, inputs, request)
-    got.square().mean().backward()
+    loss_of(got).backward()
     assert report.graphs[0].training
     wanted = {n: p.grad for n, p in oracle.named_parameters() if p.grad is not None}
     given_ = [p.grad for p in model.parameters() if p.grad is not None and p.grad.abs().max() > 0]
@@ -173,7 +182,7 @@ def test_training_equals_the_twin(name: str) -> None:
 def test_identity_settings_are_exact() -> None:
     """Nothing asked for is the exact pipeline's graph, node by node."""
     model, inputs = model_and_inputs("llama", 2, 9)
-    nothing = "skip-layers{keep=1.0},share-kv-across-layers{group=1},quantize-weights{include=}"
+    nothing = "skip-layers{keep=1.0},share-kv-across-layers{group=1},quantize-weights{include=none}"
     with torch.no_grad():
         got, report = compiled_output(model, inputs, Request(), passes=nothing)
         exact, plain = compiled_output(model, inputs, Request())
