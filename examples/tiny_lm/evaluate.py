@@ -27,6 +27,8 @@ import typer
 from effopt.testing import quality
 
 DISTANCES = (256, 512, 1024)
+TIER = quality.Tier(stride=768)
+"""All of the held-out files, each byte predicted from 256 bytes at least, or from all there are."""
 
 
 def zlib_bits(source: data.Source) -> int:
@@ -100,7 +102,7 @@ def measure(model: Any, recall_count: int) -> dict[str, Any]:
     training, held_out = data.split()
     probes = recall_probes(recall_count)
     with torch.autocast("cpu", torch.bfloat16):
-        found = quality.evaluate(model, held_out_texts(), probes=probes, tier=quality.FULL)
+        found = quality.evaluate(model, held_out_texts(), probes=probes, tier=TIER)
     counted = ngram.NGram.train(s.text for s in training)
     files = {
         s.name: {
@@ -124,15 +126,17 @@ def main(
     folder: Annotated[Path, typer.Option(help="of train.py: holds the weights and training.json")],
     into: Annotated[Path, typer.Option(help="where the checkpoint and its numbers go")] = tiny.CHECKPOINT,
     recall_count: Annotated[int, typer.Option(help="queries a distance")] = 128,
+    backend: Annotated[str, typer.Option(help="of torch.compile; eager compiles nothing")] = "inductor",
     threads: int = 1,
 ) -> None:
     torch.set_num_threads(threads)
     model = tiny.read(folder)
+    compiled = model if backend == "eager" else torch.compile(model, backend=backend, dynamic=False)
     numbers = {
         "sha256": tiny.sha256(folder / tiny.WEIGHTS),
         "parameters": sum(p.numel() for p in model.parameters()),
         "training": json.loads((folder / "training.json").read_text()),
-        **measure(model, recall_count),
+        **measure(compiled, recall_count),
         "corpus": corpus(),
     }
     into.mkdir(parents=True, exist_ok=True)
