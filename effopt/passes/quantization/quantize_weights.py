@@ -128,9 +128,8 @@ class QuantizeWeights(GraphPass):
     def samples(self) -> Iterable[Example]:
         x = torch.randn(2, 5, 24)
         yield Example(nn.Linear(24, 12), (x,), training=False)
-        yield Example(
-            nn.Sequential(nn.Linear(24, 48, bias=False), nn.GELU(), nn.Linear(48, 24)), (x,), training=False
-        )
+        two = nn.Sequential(nn.Linear(24, 48, bias=False), nn.GELU(), nn.Linear(48, 24))
+        yield Example(two, (x,), training=False)
 
     def refusals(self) -> Iterable[Example]:
         x, linear = torch.randn(2, 5, 24), nn.functional.linear
