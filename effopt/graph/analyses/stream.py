@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from effopt.graph.values import val
+from effopt.graph.values import shape_of, val
 
 _aten = torch.ops.aten
 _SUMS = frozenset({_aten.add.Tensor, _aten.sub.Tensor})
@@ -157,7 +157,7 @@ def is_residual(node: Node, entry: Node, ancestry: Ancestry) -> bool:
 
 def same_form(a: Node, b: Node) -> bool:
     """Equal shape; symbolic sizes are equal if their expressions are."""
-    return tuple(map(str, val(a).shape)) == tuple(map(str, val(b).shape))
+    return tuple(map(str, shape_of(a))) == tuple(map(str, shape_of(b)))
 
 
 def _is_floating(node: Node) -> bool:

@@ -3,7 +3,7 @@
     k0, v0 = project(x0);  y0 = attention(q0, k0, v0);  k1, v1 = project(x1);  y1 = attention(q1, k1, v1)
       =>  k0, v0 = project(x0);  y0 = attention(q0, k0, v0);                     y1 = attention(q1, k0, v0)
 
-Lossy; knobs: `group`, how many layers share, and `layers`, which ones may. Needs no calibration; quality
+Lossy; knobs: `group`, how many layers share, and `include`, which ones may. Needs no calibration; quality
 usually needs training with it, which is possible: gradients go through as in the model so written.
 Saves the projections and the cache of the later layers: at `group=2`, half of the cache's bytes if it is
 made by `effopt.cache_for(model, plan)`. An ordinary cache still holds a copy; a static one is not written.
@@ -40,7 +40,7 @@ class ShareKVAcrossLayers(RegionPass):
     after: ClassVar[tuple[str, ...]] = ("eliminate-common-subexpressions",)
 
     group: int = option(2, "how many adjacent layers read the keys and values of the first of them", min=1)
-    layers: str = option("*", "paths of the layers that may share, with wildcards: decoder.*")
+    include: str = option("*", "paths of the layers that may share, with wildcards: decoder.*")
 
     def decide(self, stack: Stack, scores: Sequence[float] | None, result: PassResult) -> Sequence[Any]:
         """Whole groups that can share; a group that cannot is left, with the reason."""
@@ -60,10 +60,10 @@ class ShareKVAcrossLayers(RegionPass):
 
     def _groups(self, stack: Stack, result: PassResult) -> Iterator[range]:
         """Positions of the layers that are to share, `group` at a time, among neighbours that may."""
-        may = [fnmatchcase(layer.path, self.layers) for layer in stack.layers]
+        may = [fnmatchcase(layer.path, self.include) for layer in stack.layers]
         if not any(may):
             paths = f"{stack.layers[0].path} to {stack.layers[-1].path}"
-            result.reject(self.name, stack.layers[0].exit, f"layers={self.layers} is none of {paths}")
+            result.reject(self.name, stack.layers[0].exit, f"include={self.include} is none of {paths}")
         for is_one, run in groupby(range(len(may)), key=may.__getitem__):
             positions = list(run)
             for start in range(positions[0], positions[-1] + 1, self.group) if is_one else ():
