@@ -81,7 +81,11 @@ def _fills_bytes(k: Any, bits: int, group: int) -> bool:
 
 
 def _by_place(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """Weights `[n, k]` of packed rows: all codes in the lowest bits of their byte, then the next."""
+    """Weights `[n, k]` of packed rows: all codes in the lowest bits of their byte, then the next.
+
+    Put together in float32, then rounded: rounded first, Inductor takes 5.2 ms, not 3.0, for 4096 x 1024
+    weights of 4 bits in bfloat16. The float32 copy is of one block.
+    """
     wide = torch.promote_types(scale.dtype, torch.float32)
     groups = packed.unflatten(-1, (scale.shape[-1], -1))
     offset = 2.0 ** (bits - 1) if zero is None else zero.to(wide).unsqueeze(-1)
@@ -222,6 +226,8 @@ def _cost_dequantize(target: Target, operands: Operands, result: Any) -> float:
     input = operands["input"]
     weights = float(operands["packed"].shape[0] * input.shape[-1])
     moved = tensor_bytes(operands["packed"]) + 2.0 * weights * input.element_size()
+    if operands["bits"] < 8 and input.dtype != torch.float32:
+        moved += 8.0 * weights  # put together in float32, see _by_place
     product = ops.quantized_linear.flops(operands, result) / gemm_flops_per_s(target, input.dtype)
     seconds: float = moved / target.bytes_per_s + weights * UNPACK_FLOPS / target.flops_per_s + product
     return seconds
