@@ -181,7 +181,9 @@ class _Compilation:
                 captured = capture(module, inputs)
         except CaptureRefused as why:
             self.report.refused = str(why)
-            self._refuse_unplanned(f"it is left as it is: {why}")
+            self._refuse_unplanned(
+                f"one is left as it is, for {why}. Compile only the module that holds the layers"
+            )
             weights = DerivedWeights(inputs)
             release.note_readers(module, weights)
             return run_time.with_fresh_weights(self._hand_over(module, inputs), weights)
@@ -194,23 +196,32 @@ class _Compilation:
 
     def _original(self, module: GraphModule) -> Callable[..., Any]:
         def run(*inputs: Any) -> Any:
-            self._refuse_unplanned("two of its inputs share memory, and one of them is written")
+            self._refuse_unplanned("two inputs of one share memory, and one of them is written")
             release.refuse_released(inputs)
             return module(*inputs)
 
         return run
 
+    def _refuse_last_graph(self) -> None:
+        """Past its limit Dynamo runs a function eagerly and warns: then without what was planned."""
+        compiling = torch._guards.CompileContext.current_compile_id()
+        limit = torch._dynamo.config.recompile_limit
+        if compiling is not None and (compiling.frame_compile_id or 0) + 1 >= limit:
+            self._refuse_unplanned(
+                f"this is the last of {limit} graphs that Dynamo compiles of one function, and after it the"
+                " model would run as it is. Raise torch._dynamo.config.recompile_limit, or compile with"
+                " dynamic=True"
+            )
+
     def _refuse_unplanned(self, why: str) -> None:
         """Layers left out of one graph and run in another would mix two models. Raises PlanError."""
         planned = [p.spec() for p in self.pipeline if isinstance(p, RegionPass)]
         if planned:
-            raise PlanError(
-                f"{', '.join(planned)} cannot be carried out in a graph of this model: {why}. Compile only"
-                " the module that holds the layers, or leave the pass out"
-            )
+            raise PlanError(f"{', '.join(planned)} cannot be carried out in all graphs of this model: {why}")
 
     def _compile(self, captured: Captured, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.report.training = captured.training
+        self._refuse_last_graph()
         weights = DerivedWeights(inputs)
         self._transform(captured, inputs, weights)
         lowered = self._lower(captured, inputs, weights)
@@ -264,7 +275,7 @@ class _Compilation:
 
     def _hand_over(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.options.lowering == "eager":
-            return module.forward
+            return inductor.run_eagerly(module)
         settings = {**inductor.mode_options(self.options.mode), **self.options.inductor}
         with self._timed("backend"):
             identity = "|".join(p.fingerprint() for p in self.pipeline)

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
 
-from effopt.graph.normalize import is_view
+from effopt.graph.normalize import view_base
 from effopt.graph.values import val
 
 _invoke = torch.ops.higher_order.invoke_subgraph
@@ -41,14 +43,28 @@ class SettleAliases(CustomGraphPass):
 
 
 def _return_bases(body: GraphModule) -> None:
-    """Add to the results each value that several results view and none is: then it can be read outside."""
+    """Add to the results each value that results view and none is: then it can be read outside.
+
+    A single view of the whole value may stay: it takes the value's place. A part of one may not, since
+    Inductor would reuse memory of the part's extent, in which the rest of the value lies.
+    """
     (output,) = body.graph.find_nodes(op="output")
     results = list(output.args[0])
-    viewed = Counter(_views(r)[1] for r in results if isinstance(r, Node))
-    hidden = [b for b, count in viewed.items() if count > 1 and b not in results and b.op != "placeholder"]
+    views = [(r, _views(r)[1]) for r in results if isinstance(r, Node)]
+    viewed = Counter(base for _, base in views)
+    partly = {base for r, base in views if not _is_whole(r, base)}
+    hidden = [
+        b
+        for b, count in viewed.items()
+        if (count > 1 or b in partly) and b not in results and b.op != "placeholder"
+    ]
     if hidden:
         output.args = ((*results, *hidden),)
         body.recompile()
+
+
+def _is_whole(view: Node, base: Node) -> bool:
+    return view is base or statically_known_true(val(view).numel() == val(base).numel())
 
 
 def _settle(graph: Graph, call: Node, body: GraphModule) -> None:
@@ -62,7 +78,8 @@ def _settle(graph: Graph, call: Node, body: GraphModule) -> None:
     results = list(output.args[0])
     last = max([call, *items.values()])
     for index, result in enumerate(results):
-        if isinstance(result, Node) and not is_view(result) and result not in outside:
+        is_tensor = isinstance(result, Node) and isinstance(val(result), torch.Tensor)
+        if is_tensor and view_base(result) is None and result not in outside:
             if index not in items:
                 with graph.inserting_after(last):
                     items[index] = last = graph.call_function(operator.getitem, (call, index))
@@ -72,23 +89,48 @@ def _settle(graph: Graph, call: Node, body: GraphModule) -> None:
         result = results[index]
         chain, base = _views(result) if isinstance(result, Node) else ([], None)
         if base in outside:
-            taken, last = _retake(graph, chain, outside[base], last)
+            taken, last = _retake(graph, chain, outside[base], last, outside)
             item.replace_all_uses_with(taken)
 
 
 def _views(node: Node) -> tuple[list[Node], Node]:
     """The views that lead to `node`, first one first, and the value that they view."""
     chain: list[Node] = []
-    while is_view(node):
+    while (base := view_base(node)) is not None:
         chain.insert(0, node)
-        node = node.args[0]  # type: ignore[assignment]
+        if node.target is operator.getitem:  # one result of a split
+            chain.insert(0, node.args[0])  # type: ignore[arg-type]
+        node = base
     return chain, node
 
 
-def _retake(graph: Graph, chain: list[Node], source: Node, last: Node) -> tuple[Node, Node]:
+def _retake(
+    graph: Graph, chain: list[Node], source: Node, last: Node, outside: dict[Node, Node]
+) -> tuple[Node, Node]:
+    """The views `chain` of `source`, written after `last`; returns the final one and the new `last`."""
     for view in chain:
+        last = _bring_sizes(graph, view, last, outside)
+        args = map_arg(view.args[1:], outside.__getitem__)
         with graph.inserting_after(last):
-            made = graph.call_function(view.target, (source, *view.args[1:]), view.kwargs)  # type: ignore[arg-type]
+            made = graph.call_function(view.target, (source, *args), view.kwargs)  # type: ignore[arg-type]
         made.meta.update(view.meta)
         source = last = made
     return source, last
+
+
+def _bring_sizes(graph: Graph, node: Node, last: Node, outside: dict[Node, Node]) -> Node:
+    """Have the symbolic sizes that a view reads outside of the body as well: an input's, or computed."""
+    given = {
+        val(n).node.expr: n for n in graph.find_nodes(op="placeholder") if isinstance(val(n), torch.SymInt)
+    }
+    for size in node.all_input_nodes:
+        if size in outside or not isinstance(val(size), torch.SymInt):
+            continue
+        if val(size).node.expr in given:
+            outside[size] = given[val(size).node.expr]
+            continue
+        last = _bring_sizes(graph, size, last, outside)
+        with graph.inserting_after(last):
+            made = graph.node_copy(size, outside.__getitem__)
+        outside[size] = last = made
+    return last

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+import torch.utils.checkpoint
 from torch._dynamo.source import ConstantSource
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule
@@ -19,6 +20,7 @@ from effopt.backends.aliasing import SettleAliases
 from effopt.backends.outline import OUTLINED
 
 _invoke = torch.ops.higher_order.invoke_subgraph
+_checkpoint = torch.ops.higher_order.tag_activation_checkpoint
 
 
 def compile_graph(
@@ -49,6 +51,22 @@ def compile_graph(
     with _own_buffers(module), _known_to_write_nothing(module):
         compiled: Callable[..., Any] = inductor.compile(module, list(inputs), options=patches)
     return compiled
+
+
+def run_eagerly(module: GraphModule) -> Callable[..., Any]:
+    """`module` without Inductor, its checkpointed regions with the random state that they ran with.
+
+    In a graph, the compiler sees to that state, and the operator itself recomputes dropout with another.
+    """
+    for part in (m for m in module.modules() if isinstance(m, GraphModule)):
+        for node in part.graph.find_nodes(op="call_function", target=_checkpoint):
+            node.target, node.kwargs = _checkpoint_eagerly, {}
+        part.recompile()
+    return module.forward
+
+
+def _checkpoint_eagerly(region: GraphModule, *inputs: Any) -> Any:
+    return torch.utils.checkpoint.checkpoint(region, *inputs, use_reentrant=False, preserve_rng_state=True)
 
 
 def _own_buffers(module: GraphModule) -> AbstractContextManager[Any]:

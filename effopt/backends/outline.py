@@ -21,7 +21,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from effopt.graph.analyses.blocks import Run, blocks, operand_groups, operands
 from effopt.graph.analyses.gradients import differentiable, reached_by_loss, requires_grad_leaf
-from effopt.graph.normalize import is_view
+from effopt.graph.normalize import is_view, view_base
 from effopt.graph.values import val
 
 _aten = torch.ops.aten
@@ -50,7 +50,7 @@ def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[
             of their values carry a gradient, since they share one backward graph.
     """
     graph = module.graph
-    _settle_symbols(graph)
+    sizes = _settle_symbols(graph)
     written = [n.args[1] for n in graph.find_nodes(op="call_function", target=_aten.copy_.default)]
     barriers = set(_barriers(graph, written))
     _hoist_attributes(graph)
@@ -62,7 +62,7 @@ def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[
     barriers |= {n for n in carrying - reached_by_loss(graph, carrying) if n.users}
     done: list[Outlined] = []
     for run in blocks(graph, frozenset(barriers), carrying).runs:
-        made = _outline_run(module, run, len(done), carrying)
+        made = _outline_run(module, run, len(done), carrying, sizes)
         if made is not None:
             done.append(made)
     for node in graph.find_nodes(op="call_function", target=operator.getitem):
@@ -90,10 +90,13 @@ def _must_stay(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _settle_symbols(graph: Graph) -> None:
+def _settle_symbols(graph: Graph) -> dict[str, Node]:
     """Sizes go first: a symbolic size is read from the input that is it, or computed once, early.
 
     Each layer computes its sizes again; between the layers' calls they would cut every block.
+
+    Returns:
+        The node of each symbolic size, by its expression.
     """
     known: dict[str, Node] = {}
     anchor = next(n for n in graph.nodes if n.op != "placeholder")
@@ -114,6 +117,7 @@ def _settle_symbols(graph: Graph) -> None:
                 anchor = node.next
             else:
                 anchor.prepend(node)
+    return known
 
 
 def _hoist_attributes(graph: Graph) -> None:
@@ -159,18 +163,28 @@ def _complete_results(graph: Graph) -> None:
             last = taken[index]
 
 
-def _outline_run(module: GraphModule, run: Run, index: int, carrying: frozenset[Node]) -> Outlined | None:
+def _outline_run(
+    module: GraphModule, run: Run, index: int, carrying: frozenset[Node], sizes: dict[str, Node]
+) -> Outlined | None:
     """Replace the copies of one block by calls of one subgraph."""
     returned = _returned(run)
     if not returned:
         return None
     taken = operand_groups(run)
     body = _body(run.instances[0], taken, returned, carrying)
+    unbound = _unbound_symbols(body)
+    if not unbound <= sizes.keys():
+        return None
+    bound = [sizes[name] for name in sorted(unbound)]
+    with body.graph.inserting_before(next(n for n in body.graph.nodes if n.op != "placeholder")):
+        for node in bound:
+            body.graph.placeholder(f"size_{node.name}").meta["val"] = val(node)
+    body.recompile()
     digest = hashlib.sha256(repr([str(n.format_node()) for n in body.graph.nodes]).encode()).hexdigest()[:16]
     name = f"block_{index}"
     setattr(module, name, body)
     for instance in run.instances:
-        _call(module.graph, instance, name, f"{OUTLINED}{index}_{digest}", taken, returned)
+        _call(module.graph, instance, name, f"{OUTLINED}{index}_{digest}", taken, returned, bound)
     return Outlined(name, len(run.instances), len(run.instances[0]))
 
 
@@ -191,8 +205,8 @@ def _returned(run: Run) -> list[int]:
 
 
 def _viewed(node: Node, inside: dict[Node, int]) -> Node:
-    while node in inside and is_view(node):
-        node = node.args[0]  # type: ignore[assignment]
+    while node in inside and (base := view_base(node)) is not None:
+        node = base
     return node
 
 
@@ -228,6 +242,23 @@ def _body(
     return GraphModule({}, graph)
 
 
+def _unbound_symbols(body: GraphModule) -> set[str]:
+    """Symbols in the sizes of a block that no operand has as a size of its own: `n + 1` alone gives no `n`.
+
+    Inductor writes a subgraph's sizes from its operands, and cannot solve for a symbol.
+    """
+    read: set[str] = set()
+    given: set[str] = set()
+    for node in body.graph.nodes:
+        value = val(node)
+        shaped = [*value.shape, *value.stride()] if isinstance(value, torch.Tensor) else [value]
+        symbolic = [size for size in shaped if isinstance(size, torch.SymInt)]
+        read.update(str(symbol) for size in symbolic for symbol in size.node.expr.free_symbols)
+        if node.op == "placeholder":
+            given.update(str(size.node.expr) for size in symbolic if size.node.expr.is_symbol)
+    return read - given
+
+
 def _mapped(node: Node, place: Any) -> Any:
     return map_arg((node.args, node.kwargs), place)
 
@@ -239,6 +270,7 @@ def _call(
     identifier: str,
     taken: list[list[tuple[int, int]]],
     returned: list[int],
+    bound: Sequence[Node],
 ) -> None:
     """Put one call in place of one copy, and take the views that the subgraph does not return."""
     arguments = [operands(instance[group[0][0]])[group[0][1]] for group in taken]
@@ -246,13 +278,14 @@ def _call(
     fresh: dict[Node, Node] = {}
     with graph.inserting_before(instance[0]):
         body = graph.get_attr(name)
-        call = graph.call_function(_invoke, (body, identifier, *arguments))
+        call = graph.call_function(_invoke, (body, identifier, *arguments, *bound))
         for k, offset in enumerate(returned):
             item = graph.call_function(operator.getitem, (call, k))
             item.meta.update(instance[offset].meta)
             fresh[instance[offset]] = item
         for node in instance:
-            if node not in fresh and is_view(node) and any(user not in inside for user in node.users):
+            is_taken = node not in fresh and view_base(node) is not None
+            if is_taken and any(user not in inside for user in node.users):
                 _retake(graph, node, inside, fresh)
     for node, new in fresh.items():
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in inside)

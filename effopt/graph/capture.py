@@ -71,6 +71,7 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> Captured:
         CaptureRefused: with the reason, if the graph cannot be represented; it then runs unchanged.
     """
     _refuse_inputs(inputs)
+    _refuse_held_tensors(module)
     training = is_training(inputs)
     exported, signature, calls = _export(module, inputs)
     names = [node.name for node in exported.graph.find_nodes(op="placeholder")]
@@ -196,6 +197,16 @@ def _refuse_inputs(inputs: Sequence[Any]) -> None:
             )
         if value.is_quantized:
             raise CaptureRefused(f"input {position} is a quantized tensor")
+
+
+def _refuse_held_tensors(module: GraphModule) -> None:
+    """Dynamo lifts a model's tensors to inputs; an optimizer's stay in the graph, and are written there."""
+    held = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    if held:
+        raise CaptureRefused(
+            f"the graph holds {len(held)} tensors of its own, such as {held[0]}: an optimizer's"
+            " step is compiled with the model; compile the model alone to have it rewritten"
+        )
 
 
 def _refuse_transforms(module: GraphModule) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from effopt.backends.outline import outline
 from effopt.compile import record
+from effopt.graph.normalize import view_base
 
 
 class Block(nn.Module):
@@ -198,3 +200,30 @@ def test_the_subgraph_operator_is_left_as_it_was() -> None:
     loss = torch.compile(PreNorm(3), backend="effopt")(torch.randn(2, 32)).sum()
     assert vars(operator)["_supports_training_input_mutation"] == before["_supports_training_input_mutation"]
     loss.backward()
+
+
+def traced(function: Any, *inputs: Any) -> torch.fx.GraphModule:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function, tracing_mode="fake", pre_dispatch=True)(*inputs)
+
+
+def test_a_block_returns_no_part_of_a_value() -> None:
+    """Inductor would reuse the part's extent of memory, in which the other parts lie (GPT-NeoX)."""
+
+    def layers(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        kept = []
+        for weight in weights:
+            q, k, v = (x @ weight).chunk(3, dim=-1)
+            x = x + torch.tanh(q * k).cos() * k.sin() + q.exp().abs().sqrt().neg()
+            kept.append(v)
+        return (x, *kept)
+
+    inputs = [torch.randn(4, 8), *(torch.randn(8, 24) / 8 for _ in range(3))]
+    module = traced(layers, *inputs)
+    (made,) = outline(module, inputs, training=False)
+    body = getattr(module, made.name)
+    assert made.count == 3
+    assert [view_base(n) for n in body.graph.output_node().args[0]] == [None] * 2
+    for got, wanted in zip(module(*inputs), layers(*inputs), strict=True):
+        torch.testing.assert_close(got, wanted)

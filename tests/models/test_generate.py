@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from effopt.compile import effopt, record
 from tests.models.architectures import build
 
-MODELS = ("llama", "gpt2", "qwen3", "mixtral")
+MODELS = ("llama", "gpt2", "qwen3", "mixtral", "gemma2", "opt", "bloom", "falcon", "gpt-neox", "phi3")
 
 
 def tokens(model: torch.nn.Module, ids: torch.Tensor, cache: str) -> torch.Tensor:
@@ -63,10 +63,66 @@ def test_tokens_and_graphs(name: str, cache: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_tokens_through_inductor(cache: str) -> None:
-    model, inputs = build("llama", "sdpa", use_cache=True)
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_through_inductor(name: str, cache: str) -> None:
+    model, inputs = build(name, "sdpa", use_cache=True)
     expected = tokens(model, inputs["input_ids"], cache)
-    assert compiled_tokens("llama", cache, effopt).tolist() == expected.tolist()
+    assert compiled_tokens(name, cache, effopt).tolist() == expected.tolist()
+
+
+def test_a_block_that_splits_its_projection_through_inductor() -> None:
+    """GPT-NeoX keeps a third of a projection; what is around it in memory must not be overwritten."""
+    torch._dynamo.reset()
+    model, inputs = build("gpt-neox", "sdpa", use_cache=True)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        got = torch.compile(model, backend=effopt)(**inputs).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def encoder_decoder() -> tuple[torch.nn.Module, torch.Tensor]:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=100,
+        d_model=64,
+        d_kv=16,
+        d_ff=112,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=2,
+        initializer_factor=8.0,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(config).eval(), torch.randint(3, 100, (2, 12))
+
+
+def encoder_decoder_tokens(cache: str, **settings: Any) -> tuple[Any, Any]:
+    """Tokens of eager, and with encoder and decoder compiled."""
+    torch._dynamo.reset()
+    model, ids = encoder_decoder()
+    expected = tokens(model, ids, cache)
+    for part in (model.encoder, model.decoder):
+        part.forward = torch.compile(part.forward, backend=effopt, **settings)
+    return tokens(model, ids, cache).tolist(), expected.tolist()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_encoder_decoder_tokens(cache: str) -> None:
+    got, expected = encoder_decoder_tokens(cache, options={"lowering": "eager"})
+    assert got == expected
+    assert len(set(expected[0])) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_encoder_decoder_tokens_through_inductor(cache: str) -> None:
+    got, expected = encoder_decoder_tokens(cache)
+    assert got == expected
 
 
 class Allocated(TorchDispatchMode):
