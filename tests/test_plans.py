@@ -243,3 +243,16 @@ def test_a_score_that_is_not_finite_is_an_error() -> None:
 def test_a_model_without_layers() -> None:
     with pytest.raises(effopt.PlanError, match="no stack of layers"):
         effopt.calibrate(nn.Linear(4, 4), [torch.randn(2, 4)], "bypass-layers", plugins=PLUGINS)
+
+
+def test_no_graph_runs_without_the_plan_when_dynamo_stops_compiling() -> None:
+    """Past the limit the function would run eagerly, with all layers."""
+    model, _ = llama()
+    settings = {"plans": plan_of_llama(), "lowering": "eager", "plugins": PLUGINS}
+    compiled = torch.compile(model, backend="effopt", options=settings, dynamic=False)
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=3):
+        for length in (3, 4):
+            compiled(torch.ones(1, length, dtype=torch.long))
+        with pytest.raises(Exception, match=r"the last of 3 graphs .*recompile_limit"):
+            compiled(torch.ones(1, 5, dtype=torch.long))
