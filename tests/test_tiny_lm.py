@@ -16,6 +16,8 @@ import torch
 import typer
 from torch.nn import functional as F
 
+from effopt.testing import quality
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_lm"
 sys.path.insert(0, str(EXAMPLE))
 try:
@@ -224,3 +226,24 @@ def test_loading_checks_the_hash(tmp_path: Path) -> None:
     weights.write_bytes(changed)
     with pytest.raises(tiny.CheckpointError, match="were measured on"):
         tiny.load(tmp_path)
+
+
+def test_the_trained_model_compresses_better_than_zlib() -> None:
+    model, names = tiny.load(), {"stat.py", "unittest/util.py", "xml/etree/__init__.py"}
+    files = [s for s in data.split()[1] if s.name in names]
+    texts = [t for t in evaluate.held_out_texts() if t.name in names]
+    assert {s.name for s in files} == names
+    found = quality.evaluate(model, texts, tier=quality.FULL)
+    deflated = sum(map(evaluate.zlib_bits, files)) / sum(len(s.text) for s in files)
+    assert found.bits_per_byte.value < deflated
+
+
+def test_the_numbers_are_those_of_the_checkpoint() -> None:
+    numbers = json.loads((tiny.CHECKPOINT / tiny.NUMBERS).read_text())
+    bits = numbers["bits_per_byte"]
+    assert bits["model"] < bits["5_gram"] < bits["zlib_9"]
+    assert sum(f["model"] for f in numbers["bits"].values()) / sum(
+        f["bytes"] for f in numbers["bits"].values()
+    ) == pytest.approx(bits["model"], abs=1e-4)
+    assert (tiny.CHECKPOINT / tiny.WEIGHTS).stat().st_size <= 20e6
+    assert set(numbers["bits"]) == set(numbers["corpus"]["held_out_sha256"])
