@@ -248,15 +248,24 @@ def _unbound_symbols(body: GraphModule) -> set[str]:
     Inductor writes a subgraph's sizes from its operands, and cannot solve for a symbol.
     """
     read: set[str] = set()
-    given: set[str] = set()
+    has_compound = False
+    given: dict[bool, set[str]] = {
+        True: set(),
+        False: set(),
+    }  # by whether a tensor has it, or it is an operand
     for node in body.graph.nodes:
         value = val(node)
-        shaped = [*value.shape, *value.stride()] if isinstance(value, torch.Tensor) else [value]
+        is_tensor = isinstance(value, torch.Tensor)
+        shaped = [*value.shape, *value.stride()] if is_tensor else [value]
         symbolic = [size for size in shaped if isinstance(size, torch.SymInt)]
         read.update(str(symbol) for size in symbolic for symbol in size.node.expr.free_symbols)
         if node.op == "placeholder":
-            given.update(str(size.node.expr) for size in symbolic if size.node.expr.is_symbol)
-    return read - given
+            given[is_tensor].update(str(size.node.expr) for size in symbolic if size.node.expr.is_symbol)
+            has_compound |= any(not size.node.expr.is_symbol for size in symbolic)
+    # It reads the operands in order: `n + 1` may come before the tensor that has `n`.
+    if not has_compound:
+        given[False] |= given[True]
+    return read - given[False]
 
 
 def _mapped(node: Node, place: Any) -> Any:
