@@ -50,7 +50,7 @@ def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[
             of their values carry a gradient, since they share one backward graph.
     """
     graph = module.graph
-    sizes = _settle_symbols(graph)
+    _settle_symbols(graph)
     written = [n.args[1] for n in graph.find_nodes(op="call_function", target=_aten.copy_.default)]
     barriers = set(_barriers(graph, written))
     _hoist_attributes(graph)
@@ -62,7 +62,7 @@ def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[
     barriers |= {n for n in carrying - reached_by_loss(graph, carrying) if n.users}
     done: list[Outlined] = []
     for run in blocks(graph, frozenset(barriers), carrying).runs:
-        made = _outline_run(module, run, len(done), carrying, sizes)
+        made = _outline_run(module, run, len(done), carrying)
         if made is not None:
             done.append(made)
     for node in graph.find_nodes(op="call_function", target=operator.getitem):
@@ -163,9 +163,7 @@ def _complete_results(graph: Graph) -> None:
             last = taken[index]
 
 
-def _outline_run(
-    module: GraphModule, run: Run, index: int, carrying: frozenset[Node], sizes: dict[str, Node]
-) -> Outlined | None:
+def _outline_run(module: GraphModule, run: Run, index: int, carrying: frozenset[Node]) -> Outlined | None:
     """Replace the copies of one block by calls of one subgraph."""
     returned = _returned(run)
     if not returned:
@@ -173,18 +171,14 @@ def _outline_run(
     taken = operand_groups(run)
     body = _body(run.instances[0], taken, returned, carrying)
     unbound = _unbound_symbols(body)
-    if not unbound <= sizes.keys():
+    if unbound:
+        # Given as an operand, the symbol is enough for BLOOM and not for T5 (torch 2.13): left flat.
         return None
-    bound = [sizes[name] for name in sorted(unbound)]
-    with body.graph.inserting_before(next(n for n in body.graph.nodes if n.op != "placeholder")):
-        for node in bound:
-            body.graph.placeholder(f"size_{node.name}").meta["val"] = val(node)
-    body.recompile()
     digest = hashlib.sha256(repr([str(n.format_node()) for n in body.graph.nodes]).encode()).hexdigest()[:16]
     name = f"block_{index}"
     setattr(module, name, body)
     for instance in run.instances:
-        _call(module.graph, instance, name, f"{OUTLINED}{index}_{digest}", taken, returned, bound)
+        _call(module.graph, instance, name, f"{OUTLINED}{index}_{digest}", taken, returned)
     return Outlined(name, len(run.instances), len(run.instances[0]))
 
 
@@ -279,7 +273,6 @@ def _call(
     identifier: str,
     taken: list[list[tuple[int, int]]],
     returned: list[int],
-    bound: Sequence[Node],
 ) -> None:
     """Put one call in place of one copy, and take the views that the subgraph does not return."""
     arguments = [operands(instance[group[0][0]])[group[0][1]] for group in taken]
@@ -287,7 +280,7 @@ def _call(
     fresh: dict[Node, Node] = {}
     with graph.inserting_before(instance[0]):
         body = graph.get_attr(name)
-        call = graph.call_function(_invoke, (body, identifier, *arguments, *bound))
+        call = graph.call_function(_invoke, (body, identifier, *arguments))
         for k, offset in enumerate(returned):
             item = graph.call_function(operator.getitem, (call, k))
             item.meta.update(instance[offset].meta)
