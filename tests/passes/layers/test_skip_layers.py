@@ -206,7 +206,7 @@ def test_random_draws_of_a_skipped_layer_go_with_it() -> None:
     for run in (compiled(model, "skip-layers{keep=0.5}"), twin):
         torch.manual_seed(0)
         results.append(run(**inputs).logits)
-    assert relative(*results) < FLOAT32
+    assert relative(*(r.detach() for r in results)) < FLOAT32
 
 
 def test_operations_go_down() -> None:
@@ -218,7 +218,7 @@ def test_operations_go_down() -> None:
             report = effopt.explain(
                 model, **inputs, options={"lowering": "eager", "passes": f"skip-layers{{keep={keep}}}"}
             )
-        flops[keep] = sum(g.after.flops for g in report.graphs)
+        flops[keep] = sum(g.cost["flops_after"] for g in report.graphs)
     per_layer = flops[1] - flops[0.5]
     assert 0.4 * flops[1] < per_layer < 0.5 * flops[1]
 
@@ -252,7 +252,7 @@ def test_bad_input(spec: str, words: str) -> None:
 
 def test_evenly_spaced() -> None:
     assert evenly_spaced(8, 0.5) == [0, 2, 5, 7]
-    assert evenly_spaced(4, 0.75) == [0, 1, 3]
+    assert evenly_spaced(4, 0.75) == [0, 2, 3]
     for count in range(1, 65):
         assert evenly_spaced(count, 1.0) == list(range(count))
         for keep in (0.01, 0.25, 0.3, 0.5, 0.75, 0.9):
