@@ -241,6 +241,8 @@ class RegionPass(Pass):
             except Reject as why:
                 where = f" (at {why.node.name})" if why.node is not None else ""
                 raise PlanError(f"{self.spec()} cannot be carried out in this graph: {why}{where}") from why
+        # What nothing reads any more is no weight to quantise, and no site to report.
+        module.graph.eliminate_dead_code()
         return result
 
     def _decisions(self, stack: Stack, plans: Plans, result: PassResult) -> Sequence[Any]:
