@@ -199,6 +199,8 @@ def main() -> None:
         {"name": n, **facts[n], "tokens_per_s": 1 / statistics.median(times[n]), "decode_s": times[n]}
         for n in pipes
     ]
+    for pipe in pipes.values():
+        pipe.send(False)
     print_table(rows)
     if settings.json:
         from effopt.bench import machine

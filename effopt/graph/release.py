@@ -32,6 +32,9 @@ NAME = "release-weights"
 REPLACES = "replaced weights"
 """A pass that provides this leaves parameters that its graph no longer reads."""
 
+UNREAD = "effopt_unread"
+"""Under this name of `module.meta`: placeholders of parameters that passes left without a reader."""
+
 _readers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Parameter -> the compiled graphs that read it as it is."""
 
@@ -89,7 +92,7 @@ def refuse_released(inputs: Sequence[Any]) -> None:
 
 
 def release(module: GraphModule, weights: DerivedWeights) -> PassResult:
-    """Free the parameters that constants of this graph were derived from and that nothing reads any more.
+    """Free what passes replaced or left unread, if no compiled graph reads it any more.
 
     Args:
         module: the lowered graph.
@@ -101,6 +104,8 @@ def release(module: GraphModule, weights: DerivedWeights) -> PassResult:
     result = PassResult()
     sources = {position for entry in weights.entries for position in entry.inputs}
     nodes = list(module.graph.find_nodes(op="placeholder"))
+    unread = module.meta.get(UNREAD, frozenset())
+    sources |= {i for i, node in enumerate(nodes) if node.name in unread and not node.users}
     found = [(nodes[i], weights.inputs[i]) for i in sorted(sources) if not is_released(weights.inputs[i])]
     if not found:
         return result

@@ -25,6 +25,7 @@ from effopt.errors import OptionError, PlanError, unknown
 from effopt.graph.analyses.layers import Layer, Stack, stacks
 from effopt.graph.driver import apply_rewrite
 from effopt.graph.pattern import OpBuilder
+from effopt.graph.release import REPLACES, UNREAD
 from effopt.graph.rewrite import Approve, Emit, Match, PassResult, Reject
 from effopt.graph.weights import DerivedWeights
 from effopt.passes.plan import Plans, Section, describe, parameters_of
@@ -180,6 +181,7 @@ class RegionPass(Pass):
     """
 
     exact: ClassVar[bool] = False
+    provides: ClassVar[tuple[str, ...]] = (REPLACES,)
     is_scored: ClassVar[bool] = False
     """Whether `decide` needs scores, which only `effopt.calibrate` measures."""
 
@@ -233,6 +235,7 @@ class RegionPass(Pass):
         context.plans.decided.append(Section(self.spec(), tuple(described)))
         parameters = parameters_of(module.graph, context.weights.inputs)
         context.plans.settle(self.spec(), parameters, found.found)
+        read = {node for node in parameters if node.users}
         for stack, decisions in zip(found, chosen, strict=True):
             if all(decision is None for decision in decisions):
                 continue
@@ -243,6 +246,8 @@ class RegionPass(Pass):
                 raise PlanError(f"{self.spec()} cannot be carried out in this graph: {why}{where}") from why
         # What nothing reads any more is no weight to quantise, and no site to report.
         module.graph.eliminate_dead_code()
+        unread = {node.name for node in read if not node.users}
+        module.meta[UNREAD] = module.meta.get(UNREAD, frozenset()) | unread
         return result
 
     def _decisions(self, stack: Stack, plans: Plans, result: PassResult) -> Sequence[Any]:
