@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from effopt.errors import ReleasedWeightError
 from effopt.graph.values import fake_call
 
 Derive = Callable[..., Any]
 """Pure function of tensors: a tensor, or a tuple of them, whose shapes do not hang on values."""
-State = tuple[Any, int, int]
+State = tuple[Any, Any, int, int]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Derivation:
     @property
     def parameters(self) -> tuple[Tensor, ...]:
         """The parameters that it was last computed from. None for one that is gone."""
-        return tuple(reference() for reference, _, _ in self.states)
+        return tuple(reference() for reference, *_ in self.states)
 
     def _is_current(self, parameters: Sequence[Tensor]) -> bool:
         return all(_is_in_state(p, was) for p, was in zip(parameters, self.states, strict=True))
@@ -145,13 +146,18 @@ _SHARED: weakref.WeakValueDictionary[Any, Derivation] = weakref.WeakValueDiction
 def _shared(
     kind: str, derive: Derive, sources: tuple[int | Part, ...], parameters: Sequence[Tensor], count: int
 ) -> Derivation:
-    identities = ((id(s.of), s.index) if isinstance(s, Part) else id(parameters[s]) for s in sources)
+    identities = ((id(s.of), s.index) if isinstance(s, Part) else _identity(parameters[s]) for s in sources)
     key = (kind, *identities)
     found = _SHARED.get(key)
     if found is None or not all(s[0]() is p for s, p in zip(found.states, parameters, strict=True)):
         found = Derivation(kind, derive, sources, tuple(_state(p) for p in parameters), count)
         _SHARED[key] = found
     return found
+
+
+def _identity(source: Tensor) -> tuple[Any, ...]:
+    """Of a parameter, and of what cannot be written over what was derived from it before: `.to(dtype)`."""
+    return id(source), source.dtype, source.device, tuple(source.shape)
 
 
 @dataclass(frozen=True)
@@ -197,9 +203,10 @@ class DerivedWeights:
         if not isinstance(node, Node) or node.op != "placeholder":
             return None
         position = list(node.graph.find_nodes(op="placeholder")).index(node)
-        if position >= len(self.inputs):
-            return None
-        return position if isinstance(self.inputs[position], torch.nn.Parameter) else None
+        value = self.inputs[position] if position < len(self.inputs) else None
+        # Writes to a tensor made in inference mode are not counted: what was derived from it could be stale.
+        is_tracked = isinstance(value, torch.nn.Parameter) and not value.is_inference()
+        return position if is_tracked else None
 
     def _entry(self, node: Any) -> Entry | None:
         if not isinstance(node, Node) or node.op != "get_attr":
@@ -348,7 +355,9 @@ def _owned(tensor: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 def _state(source: Tensor) -> State:
     """What changes when a parameter is written, replaced (`module.weight = ...`) or given other `.data`."""
-    return weakref.ref(source), source.data_ptr(), _version(source)
+    # As long as it is referred to, no other memory gets its address, as other `.data` may.
+    memory = StorageWeakRef(source.untyped_storage())
+    return weakref.ref(source), memory, source.data_ptr(), _version(source)
 
 
 def _version(source: Tensor) -> int:
@@ -356,8 +365,14 @@ def _version(source: Tensor) -> int:
 
 
 def _is_in_state(source: Tensor, was: State) -> bool:
-    reference, pointer, version = was
-    is_same: bool = reference() is source and source.data_ptr() == pointer and _version(source) == version
+    reference, memory, pointer, version = was
+    is_same: bool = (
+        reference() is source
+        and source.untyped_storage()._cdata == memory.cdata
+        and source.data_ptr() == pointer
+        and _version(source) == version
+        and not source.is_inference()
+    )
     return is_same
 
 

@@ -178,6 +178,42 @@ def test_made_in_inference_mode_and_changed_outside() -> None:
     assert not after.is_inference()
 
 
+def test_new_data_at_the_address_of_the_old() -> None:
+    """The second `.data` may lie where the first lay, which was freed in between."""
+    p = nn.Parameter(torch.ones(64, 64))
+    module, weights, (node,) = graph_of(p)
+    values(reading(module, weights.derive(module, "twice", Calls().twice, node)), weights)
+    addresses = {p.data_ptr()}
+    for step in range(2, 34, 2):
+        for number in (step, step + 1):
+            p.data = p.data * 0 + number
+        addresses.add(p.data_ptr())
+        (after,) = weights.tensors([p])
+        assert torch.equal(after, 2 * p.detach())
+    assert len(addresses) < 17, "no address was used again: the test shows nothing"
+
+
+@pytest.mark.parametrize("form", [torch.ones(4, 3, dtype=torch.float64), torch.ones(1, 3), torch.ones(6, 3)])
+def test_data_of_another_form_has_constants_of_its_own(form: Tensor) -> None:
+    p = parameter()
+    given = []
+    for data in (p.data, form):
+        p.data = data
+        module, weights, (node,) = graph_of(p)
+        twice = weights.derive(module, "twice", Calls().twice, node)
+        given += [(data, *values(reading(module, twice), weights))]
+    for data, constant in given:
+        assert constant.dtype == data.dtype
+        assert torch.equal(constant, 2 * data)
+
+
+def test_parameters_made_in_inference_mode_are_no_sources() -> None:
+    with torch.inference_mode():
+        made = parameter()
+    _, weights, (node,) = graph_of(made)
+    assert not weights.is_constant(node)
+
+
 def test_only_parameters_are_sources() -> None:
     module, weights, (weight, plain) = graph_of(parameter(), torch.randn(2))
     with pytest.raises(ValueError, match="need parameters as sources"):

@@ -86,8 +86,8 @@ class QuantizeWeights(GraphPass):
             not context.training, "training: the weights must stay leaves that the optimizer updates", node
         )
         source = weight_source(weight, context.weights)
-        require(source is not None, f"its weight, {weight}, is not a parameter of the model", node)
-        assert source is not None
+        if source is None:
+            raise Reject(f"its weight, {weight}, is not a parameter of the model, or an inference one", node)
         shape = shape_of(weight)
         is_known = len(shape) == 2 and all(type(size) is int for size in shape)
         require(is_known, f"its weight is {list(shape)}, not [n, k] of known sizes", node)
