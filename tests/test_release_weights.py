@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import pickle
 import subprocess
@@ -277,6 +278,18 @@ def test_a_state_that_is_assigned_brings_the_model_back() -> None:
         torch.testing.assert_close(compiled(x), before)
         model.load_state_dict({k: 2 * v for k, v in layers().state_dict().items()}, assign=True)
         assert not torch.equal(compiled(x), before)
+
+
+def test_a_model_that_is_whole_again_is_copied_and_saved_as_any_other() -> None:
+    model, compiled, x, before = released_layers()
+    model.load_state_dict(layers().state_dict(), assign=True)
+    copied = copy.deepcopy(model)
+    copied.half()
+    assert [p.dtype for p in copied.parameters()] == [torch.float16] * len(list(model.parameters()))
+    assert not any(p.dtype == torch.float16 for p in model.parameters())
+    torch.save(model, io.BytesIO())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), before)
 
 
 def shared_views() -> nn.Module:

@@ -49,6 +49,7 @@ class _Freed:
 _freed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _PLAIN = (Tensor, Parameter, torch.nn.Buffer)
 _guarded: weakref.WeakSet[Module] = weakref.WeakSet()
+_hooked: weakref.WeakSet[Module] = weakref.WeakSet()
 
 
 def note_readers(module: GraphModule, weights: DerivedWeights) -> None:
@@ -179,12 +180,14 @@ def _guard(modules: Iterable[Module], freed: Sequence[Parameter]) -> None:
         own = any(id(p) in identities for p in module._parameters.values())
         if module in _guarded or not (own or any(id(p) in identities for p in module.parameters())):
             continue
+        if module not in _hooked:
+            _hooked.add(module)
+            module.register_state_dict_pre_hook(_before_state_dict)
+            module.register_load_state_dict_pre_hook(_before_load)
+            module.register_forward_pre_hook(_before_forward)
         _guarded.add(module)
-        module.register_state_dict_pre_hook(_before_state_dict)
-        module.register_load_state_dict_pre_hook(_before_load)
         module._apply = _Guarded(module, "_apply")  # type: ignore[method-assign]
         module.__reduce_ex__ = _Guarded(module, "__reduce_ex__")  # type: ignore[method-assign]
-        module.register_forward_pre_hook(_before_forward)
 
 
 class _Guarded:
@@ -197,6 +200,10 @@ class _Guarded:
         module = self.module()
         assert module is not None
         _refuse(module, "it cannot be moved, cast, copied or pickled")
+        # Whole again: what is copied or pickled now is the module as it was, bound to no other.
+        _guarded.discard(module)
+        for name in ("_apply", "__reduce_ex__"):
+            module.__dict__.pop(name, None)
         method: Callable[..., Any] = getattr(type(module), self.name)
         return method(module, *args, **kwargs)
 
