@@ -33,12 +33,16 @@ def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _parse_options(text: str) -> dict[str, Any]:
-    options, position = {}, 0
+    options: dict[str, Any] = {}
+    position = 0
     while position < len(text.rstrip()):
         found = _OPTION.match(text, position)
         if found is None:
             raise OptionError(f"cannot read pass options at {text[position:]!r}; expected `key=value`")
-        options[found["key"].replace("-", "_")] = _parse_value(found["value"].strip())
+        key = found["key"].replace("-", "_")
+        if key in options:
+            raise OptionError(f"option {key!r} is given twice in {text!r}")
+        options[key] = _parse_value(found["value"].strip())
         position = found.end()
     return options
 
@@ -66,7 +70,7 @@ def resolve(given: Any, registry: Registry) -> list[Pass]:
     if isinstance(given, str):
         return [_make(name, options, registry) for name, options in parse(given)]
     if isinstance(given, Pass):
-        return [given]
+        return [given.check()]
     if isinstance(given, type) and issubclass(given, Pass):
         return [given.build({})]
     if isinstance(given, Sequence):
@@ -102,10 +106,10 @@ def build(
         PipelineError: a cycle, a conflict or a missing requirement, named.
     """
     if pipeline is not None:
-        chosen = {p.name: p for p in resolve(pipeline, registry)}
+        chosen = _by_name(resolve(pipeline, registry))
     else:
         chosen = {n: c.build({}) for n, c in registry.passes.items() if c.exact and c.default}
-    chosen.update((p.name, p) for p in resolve(passes, registry))
+    chosen.update(_by_name(resolve(passes, registry)))
     for section in (s for plan in plans for s in plan.sections):
         (planned,) = resolve(section.spec, registry)
         asked = chosen.setdefault(planned.name, planned)
@@ -118,6 +122,14 @@ def build(
     members = list(chosen.values())
     registry.hook.effopt_pipeline(pipeline=members)
     return order(members)
+
+
+def _by_name(passes: Sequence[Pass]) -> dict[str, Pass]:
+    found: dict[str, Pass] = {}
+    for p in passes:
+        if found.setdefault(p.name, p) != p:
+            raise OptionError(f"{found[p.name].spec()} and {p.spec()} were both asked for; use one")
+    return found
 
 
 def order(passes: Sequence[Pass]) -> list[Pass]:

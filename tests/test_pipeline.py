@@ -93,11 +93,21 @@ def test_a_requirement_of_a_later_stage() -> None:
         ("rich{fast=1}", "must be bool"),
         ("rich{bits}", "key=value"),
         ("rich bits", "cannot read pipeline text"),
+        ("rich{bits=4,bits=8}", "'bits' is given twice"),
+        ("rich{bits=2},rich{bits=8}", r"rich\{bits=2\} and rich\{bits=8\} were both asked for"),
     ],
 )
 def test_bad_text(registry: Registry, text: str, words: str) -> None:
     with pytest.raises(OptionError, match=words):
         pipelines.build(registry, passes=text)
+
+
+@pytest.mark.parametrize("wrong", [Rich(bits=5), Rich(ratio=2), Rich(layers=("a",))])  # type: ignore[arg-type]
+def test_options_of_instances_are_checked(registry: Registry, wrong: Rich) -> None:
+    with pytest.raises(OptionError, match="rich: option"):
+        pipelines.build(registry, passes=wrong)
+    with pytest.raises(OptionError, match="rich: option"):
+        pipelines.build(registry, pipeline=[wrong])
 
 
 def test_disable_names_a_pass(registry: Registry) -> None:

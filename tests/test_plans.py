@@ -188,6 +188,17 @@ def test_a_graph_that_cannot_carry_the_plan_is_an_error() -> None:
         run(model, {"input_ids": inputs["input_ids"][:, :1]}, plans=plan)
 
 
+def test_a_graph_whose_layers_cannot_be_told_apart_is_an_error() -> None:
+    """A plan for it is not passed over: the model would be trained whole and used in part."""
+    model, inputs = build("llama", num_hidden_layers=4)
+    plan = effopt.calibrate(model, [inputs], "skip-layers{keep=0.5}")
+    model.train()
+    model.activation_checkpointing_enable()
+    compiled = torch.compile(model, backend="effopt", options={"plans": plan, "lowering": "eager"})
+    with pytest.raises(Exception, match=r"this graph runs 'model\.layers\.1'.* gradient checkpointing"):
+        compiled(**inputs, use_cache=False)
+
+
 def test_graphs_that_would_decide_otherwise_are_an_error() -> None:
     model, inputs = llama()
     entries = plan_of_llama().sections[0].stacks[0].layers

@@ -133,7 +133,15 @@ class Pass(ABC):
             if key not in fields_by_name:
                 raise unknown(f"option of {cls.name}", key, fields_by_name or ["(it has none)"])
             _check_option(cls.name, fields_by_name[key], value)
+            if value == () and not fields_by_name[key].metadata.get("empty", True):
+                raise OptionError(f"{cls.name}: option {key!r} is empty; leave it out, or the pass")
         return cls(**options)
+
+    def check(self) -> Pass:
+        """Itself, with options as `build` would take them. Raises OptionError."""
+        for option in dataclasses.fields(self):
+            _check_option(self.name, option, getattr(self, option.name))
+        return self
 
 
 @dataclass(frozen=True)
@@ -227,6 +235,9 @@ class RegionPass(Pass):
         if not found.found and not found.refused:
             result.reject(self.name, module.graph.output_node(), "no stack of layers was found in this graph")
         chosen = [self._decisions(stack, context.plans, result) for stack in found]
+        section = context.plans.section(self.name)
+        if section is not None:
+            section.refuse_other_layers(module.graph, found)
         scores = context.plans.scores.get(self.name, {})
         described = [
             describe(stack, decisions, [scores.get(layer.path) for layer in stack.layers])
@@ -294,6 +305,9 @@ def _check_option(pass_name: str, option: dataclasses.Field[Any], value: Any) ->
         raise OptionError(
             f"{pass_name}: option {option.name!r} must be {declared}, got {value!r} ({type(value).__name__})"
         )
+    strange = next((v for v in value if type(v) is not int), None) if isinstance(value, tuple) else None
+    if strange is not None and declared == "tuple[int, ...]":
+        raise OptionError(f"{pass_name}: option {option.name!r} must hold whole numbers, got {strange!r}")
     low, high = option.metadata.get("min"), option.metadata.get("max")
     choices = option.metadata.get("choices")
     if choices is not None and value not in choices:

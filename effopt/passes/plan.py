@@ -8,7 +8,7 @@ names the first difference, for a layer skipped in one graph and run in another 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from effopt.errors import OptionError, PlanError
 from effopt.graph.analyses.layers import Layer, Stack
-from effopt.graph.provenance import clean_path
+from effopt.graph.analyses.weight_source import parameter_path
+from effopt.graph.provenance import clean_path, layer_of
 from effopt.graph.values import shape_of
 
 _FORMAT = "effopt-plan/1"
@@ -76,6 +77,21 @@ class Section:
         if difference:
             raise PlanError(f"the plan of {self.spec} does not fit this model: {difference}")
         return tuple(entry.decision for entry in planned.layers)
+
+    def refuse_other_layers(self, graph: Graph, found: Iterable[Stack]) -> None:
+        """Raise PlanError if a graph runs a layer that is to change and is in no stack of `found`."""
+        known = {layer.path for stack in found for layer in stack.layers}
+        planned = {e.path for s in self.stacks for e in s.layers if e.decision is not None} - known
+        for node in graph.nodes:
+            name = parameter_path(node) if node.op == "placeholder" else layer_of(node)
+            parts = name.split(".") if node.users else []
+            path = next((p for i in range(len(parts)) if (p := ".".join(parts[: i + 1])) in planned), None)
+            if path is not None:
+                raise PlanError(
+                    f"the plan of {self.spec} cannot be carried out: this graph runs {path!r}, which cannot"
+                    " be told apart as a layer of a stack. Compile the model whole, without graph breaks or"
+                    " gradient checkpointing; effopt.explain(model, ...) without the plan says more"
+                )
 
 
 @dataclass(frozen=True)

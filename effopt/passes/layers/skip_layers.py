@@ -39,7 +39,7 @@ class SkipLayers(RegionPass):
         0.75, "share of the layers that stay, the first and the last among them", min=0.01, max=1
     )
     layers: tuple[int, ...] = option(
-        (), "positions in the stack of the layers to skip, from 0, instead of `keep`"
+        (), "positions in the stack of the layers to skip, from 0, instead of `keep`", empty=False
     )
     include: str = option("*", "paths of the layers of the stacks to skip in, with wildcards: decoder.*")
 

@@ -237,6 +237,10 @@ def test_operations_go_down() -> None:
         ("skip-layers{layers=[-1]}", "there is no layer -1"),
         ("skip-layers{layers=[0,1,2,3]}", "would skip all 4 layers"),
         ("skip-layers{layers=3}", "layers"),
+        ("skip-layers{layers=[]}", "'layers' is empty"),
+        ("skip-layers{layers=[0.5]}", "must hold whole numbers, got 0.5"),
+        ("skip-layers{layers=[first]}", "must hold whole numbers, got 'first'"),
+        ("skip-layers{keep=0.5},skip-layers{layers=[1]}", "were both asked for"),
         ("skip-layers,drop-layers", "conflict"),
     ],
 )
