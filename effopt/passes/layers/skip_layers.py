@@ -84,7 +84,7 @@ class SkipLayers(RegionPass):
         yield Example(
             nn.Sequential(*(_Block(residual=False) for _ in range(4))), (x,), "no stack of layers was found"
         )
-        yield Example(nn.Sequential(_Block(), _Wider(), _Block(32)), (x,), "read again behind the last layer")
+        yield Example(nn.Sequential(_Block(), _Wider(), _Block(32)), (x,), "no stack of layers was found")
 
 
 def evenly_spaced(count: int, keep: float) -> list[int]:
