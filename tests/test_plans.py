@@ -267,3 +267,13 @@ def test_no_graph_runs_without_the_plan_when_dynamo_stops_compiling() -> None:
             compiled(torch.ones(1, length, dtype=torch.long))
         with pytest.raises(Exception, match=r"the last of 3 graphs .*recompile_limit"):
             compiled(torch.ones(1, 5, dtype=torch.long))
+
+
+def test_layers_compiled_one_by_one_do_not_pass_a_plan_over() -> None:
+    model, inputs = llama()
+    for layer in model.model.layers:
+        layer.compile(
+            backend="effopt", options={"plans": plan_of_llama(), "lowering": "eager", "plugins": PLUGINS}
+        )
+    with torch.no_grad(), pytest.raises(Exception, match="compile the model whole"):
+        model(**inputs)

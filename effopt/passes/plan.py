@@ -18,6 +18,7 @@ from torch.fx import Graph
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from effopt.errors import OptionError, PlanError
+from effopt.graph import ops
 from effopt.graph.analyses.layers import Layer, Stack
 from effopt.graph.analyses.weight_source import parameter_path
 from effopt.graph.provenance import clean_path, layer_of
@@ -82,6 +83,12 @@ class Section:
         """Raise PlanError if a graph runs a layer that is to change and is in no stack of `found`."""
         known = {layer.path for stack in found for layer in stack.layers}
         planned = {e.path for s in self.stacks for e in s.layers if e.decision is not None} - known
+        if planned and not known and graph.find_nodes(op="call_function", target=ops.attention.overload):
+            raise PlanError(
+                f"the plan of {self.spec} cannot be carried out: this graph holds attention and no stack of"
+                " layers. It is a piece of a model, cut by a graph break or compiled layer by layer; compile"
+                " the model whole"
+            )
         for node in graph.nodes:
             name = parameter_path(node) if node.op == "placeholder" else layer_of(node)
             parts = name.split(".") if node.users else []
