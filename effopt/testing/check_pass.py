@@ -112,7 +112,8 @@ def _form_problems(pass_: Pass) -> Iterator[str]:
 
 
 def _options(pass_: Pass) -> dict[str, object]:
-    return {f.name: getattr(pass_, f.name) for f in fields(pass_)}
+    """Those that were given: a default may be a value that nobody can ask for, such as an empty list."""
+    return {f.name: value for f in fields(pass_) if (value := getattr(pass_, f.name)) != f.default}
 
 
 def _earlier(pass_: Pass) -> list[Pass]:

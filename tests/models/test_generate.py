@@ -12,6 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from effopt.compile import effopt, record
 from tests.models.architectures import build
 
+# Bloom instantiates its autograd function.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
 MODELS = ("llama", "gpt2", "qwen3", "mixtral", "gemma2", "opt", "bloom", "falcon", "gpt-neox", "phi3")
 
 

@@ -145,6 +145,7 @@ def test_a_tied_head_is_quantised_and_its_table_is_not() -> None:
 
 def test_through_inductor() -> None:
     model, inputs = model_and_inputs("llama")
+    model.float()  # Inductor leaves out the float32 rounding that Llama makes of float64
     twin = copy.deepcopy(model)
     quantize(twin, 4, 32, True, activations=False)
     got, _ = run(model, inputs, spec(4, 32, True), lowering="auto")
