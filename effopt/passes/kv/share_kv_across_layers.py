@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 from effopt.graph.analyses.layers import Stack
 from effopt.graph.analyses.shared_keys import reading
+from effopt.graph.layer_globs import is_named
 from effopt.graph.rewrite import PassResult, Reject
 from effopt.passes.base import Context, Example, RegionPass, Stage, option
 
@@ -40,7 +40,7 @@ class ShareKVAcrossLayers(RegionPass):
     after: ClassVar[tuple[str, ...]] = ("eliminate-common-subexpressions",)
 
     group: int = option(2, "how many adjacent layers read the keys and values of the first of them", min=1)
-    include: str = option("*", "paths of the layers that may share, with wildcards: decoder.*")
+    include: str = option("*", "paths of the layers that may share: globs, `|` between them")
 
     def decide(self, stack: Stack, scores: Sequence[float] | None, result: PassResult) -> Sequence[Any]:
         """Whole groups that can share; a group that cannot is left, with the reason."""
@@ -60,7 +60,7 @@ class ShareKVAcrossLayers(RegionPass):
 
     def _groups(self, stack: Stack, result: PassResult) -> Iterator[range]:
         """Positions of the layers that are to share, `group` at a time, among neighbours that may."""
-        may = [fnmatchcase(layer.path, self.include) for layer in stack.layers]
+        may = [is_named(layer.path, self.include) for layer in stack.layers]
         if not any(may):
             paths = f"{stack.layers[0].path} to {stack.layers[-1].path}"
             result.reject(self.name, stack.layers[0].exit, f"include={self.include} is none of {paths}")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +22,7 @@ from torch.fx import GraphModule
 from effopt.errors import OptionError
 from effopt.graph.analyses.layers import Stack
 from effopt.graph.bypass import bypass
+from effopt.graph.layer_globs import is_named
 from effopt.graph.rewrite import PassResult
 from effopt.passes.base import Context, Example, RegionPass, Stage, option
 
@@ -41,12 +41,12 @@ class SkipLayers(RegionPass):
     layers: tuple[int, ...] = option(
         (), "positions in the stack of the layers to skip, from 0, instead of `keep`", empty=False
     )
-    include: str = option("*", "paths of the layers of the stacks to skip in, with wildcards: decoder.*")
+    include: str = option("*", "paths of the layers of the stacks to skip in: globs, `|` between them")
 
     def decide(self, stack: Stack, scores: Sequence[float] | None, result: PassResult) -> Sequence[Any]:
         """Raises OptionError for a position that the stack does not have, and if nothing would be left."""
         count = len(stack.layers)
-        if not all(fnmatchcase(layer.path, self.include) for layer in stack.layers):
+        if not all(is_named(layer.path, self.include) for layer in stack.layers):
             paths = f"{stack.layers[0].path} to {stack.layers[-1].path}"
             result.reject(
                 self.name, stack.layers[0].exit, f"include={self.include} does not hold all of {paths}"
