@@ -43,11 +43,11 @@ if TYPE_CHECKING:
     from effopt.passes.base import Example as Example
     from effopt.passes.base import GraphPass as GraphPass
     from effopt.passes.base import Pass as Pass
-    from effopt.passes.base import RegionPass as RegionPass
     from effopt.passes.base import Rewrite as Rewrite
     from effopt.passes.base import Stage as Stage
     from effopt.passes.base import option as option
     from effopt.passes.plan import Plan as Plan
+    from effopt.passes.region import RegionPass as RegionPass
     from effopt.plugins.expect import expect as expect
     from effopt.plugins.hookspec import hookimpl as hookimpl
     from effopt.plugins.report import Report as Report
@@ -78,12 +78,12 @@ _HOMES = {
         "Example",
         "GraphPass",
         "Pass",
-        "RegionPass",
         "Rewrite",
         "Stage",
         "option",
     ),
     "effopt.passes.plan": ("Plan",),
+    "effopt.passes.region": ("RegionPass",),
     "effopt.plugins.expect": ("expect",),
     "effopt.plugins.hookspec": ("hookimpl",),
     "effopt.plugins.report": ("Report",),

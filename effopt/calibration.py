@@ -16,8 +16,9 @@ from effopt.graph.analyses.layers import Layer, stacks
 from effopt.graph.capture import capture
 from effopt.graph.restore import restore
 from effopt.graph.weights import DerivedWeights
-from effopt.passes.base import Context, Pass, RegionPass
+from effopt.passes.base import Context, Pass
 from effopt.passes.plan import Plan, Plans, Section
+from effopt.passes.region import RegionPass
 from effopt.plugins.manager import build_registry
 from effopt.target import target_of
 

@@ -23,8 +23,9 @@ from effopt.graph.capture import Captured, capture
 from effopt.graph.restore import restore
 from effopt.graph.weights import DerivedWeights
 from effopt.options import Options
-from effopt.passes.base import Context, Pass, RegionPass
+from effopt.passes.base import Context, Pass
 from effopt.passes.plan import Plan, Plans, plans_from
+from effopt.passes.region import RegionPass
 from effopt.plugins.manager import Registry, build_registry
 from effopt.plugins.observers import observers
 from effopt.plugins.report import GraphReport, LoweringRecord, Report

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import Graph
 
 import effopt
 from effopt.graph.analyses.layers import Stack
@@ -38,14 +38,7 @@ class BypassLayers(effopt.RegionPass):
         lowest = sorted(range(len(scores)), key=scores.__getitem__)[: self.count]
         return ["bypass" if i in lowest else None for i in range(len(scores))]
 
-    def enact(
-        self,
-        stack: Stack,
-        decisions: Sequence[Any],
-        module: GraphModule,
-        context: effopt.Context,
-        result: PassResult,
-    ) -> None:
+    def enact(self, stack: Stack, decisions: Sequence[Any], graph: Graph, result: PassResult) -> None:
         for layer, decision in zip(stack.layers, decisions, strict=True):
             if decision is not None:
                 tokens = layer.exit.meta["val"].shape[1]

@@ -19,8 +19,9 @@ from effopt.graph.equivalence import difference, gradients_of, tensors_in
 from effopt.graph.region import dropout_of, is_random
 from effopt.graph.tolerances import GRADIENT_FACTOR, tolerance_of
 from effopt.graph.weights import DerivedWeights
-from effopt.passes.base import Context, Example, Pass, RegionPass
+from effopt.passes.base import Context, Example, Pass
 from effopt.passes.plan import Plans
+from effopt.passes.region import RegionPass
 from effopt.plugins.manager import build_registry
 from effopt.plugins.observers import observers
 from effopt.plugins.report import GraphReport

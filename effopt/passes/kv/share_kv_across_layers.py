@@ -19,14 +19,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph
 from torch.nn import functional as F
 
 from effopt.graph.analyses.layers import Stack
 from effopt.graph.analyses.shared_keys import reading
 from effopt.graph.layer_globs import is_named
 from effopt.graph.rewrite import PassResult, Reject
-from effopt.passes.base import Context, Example, RegionPass, Stage, option
+from effopt.passes.base import Example, Stage, option
+from effopt.passes.region import RegionPass
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,10 @@ class ShareKVAcrossLayers(RegionPass):
                 if len(members) > 1:
                     yield members
 
-    def enact(
-        self,
-        stack: Stack,
-        decisions: Sequence[Any],
-        module: GraphModule,
-        context: Context,
-        result: PassResult,
-    ) -> None:
+    def enact(self, stack: Stack, decisions: Sequence[Any], graph: Graph, result: PassResult) -> None:
         """Redirect the attentions' operands and the graph's outputs; the projections are then dead code."""
         shared = [(i, reading(stack, i, first)) for i, first in enumerate(decisions) if first is not None]
-        output = module.graph.output_node()
+        output = graph.output_node()
         returned = list(output.args[0])  # type: ignore[arg-type]
         for index, edits in shared:
             note = f"reads the keys and values of {stack.layers[decisions[index]].path}"

@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph
 
 from effopt.graph.analyses.layers import Stack
 from effopt.graph.bypass import bypass
 from effopt.graph.rewrite import PassResult
-from effopt.passes.base import Context, Example, RegionPass, Stage, option
+from effopt.passes.base import Example, Stage, option
+from effopt.passes.region import RegionPass
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,9 @@ class DropLayers(RegionPass):
         kept = set(by_importance[: max(1, round(self.keep * count))])
         return [None if position in kept else "drop" for position in range(count)]
 
-    def enact(
-        self,
-        stack: Stack,
-        decisions: Sequence[Any],
-        module: GraphModule,
-        context: Context,
-        result: PassResult,
-    ) -> None:
+    def enact(self, stack: Stack, decisions: Sequence[Any], graph: Graph, result: PassResult) -> None:
         """Read the stream as it was before the layer."""
-        bypass(self.name, stack, decisions, module.graph, result)
+        bypass(self.name, stack, decisions, graph, result)
 
     def samples(self) -> Iterable[Example]:
         yield Example(nn.Sequential(*(_Block() for _ in range(4))), (torch.randn(2, 5, 16),))

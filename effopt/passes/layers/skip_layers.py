@@ -17,14 +17,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph
 
 from effopt.errors import OptionError
 from effopt.graph.analyses.layers import Stack
 from effopt.graph.bypass import bypass
 from effopt.graph.layer_globs import is_named
 from effopt.graph.rewrite import PassResult
-from effopt.passes.base import Context, Example, RegionPass, Stage, option
+from effopt.passes.base import Example, Stage, option
+from effopt.passes.region import RegionPass
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,9 @@ class SkipLayers(RegionPass):
         kept = set(evenly_spaced(count, self.keep)) if not self.layers else {*range(count)} - {*self.layers}
         return [None if position in kept else "skip" for position in range(count)]
 
-    def enact(
-        self,
-        stack: Stack,
-        decisions: Sequence[Any],
-        module: GraphModule,
-        context: Context,
-        result: PassResult,
-    ) -> None:
+    def enact(self, stack: Stack, decisions: Sequence[Any], graph: Graph, result: PassResult) -> None:
         """Read the stream as it was before the layer."""
-        bypass(self.name, stack, decisions, module.graph, result)
+        bypass(self.name, stack, decisions, graph, result)
 
     def samples(self) -> Iterable[Example]:
         yield Example(nn.Sequential(*(_Block() for _ in range(8))), (torch.randn(2, 5, 16),))
