@@ -20,14 +20,15 @@ from effopt.passes.base import Context, Pass
 from effopt.passes.plan import Plan, Plans, Section
 from effopt.passes.region import RegionPass
 from effopt.plugins.manager import build_registry
-from effopt.target import target_of
+from effopt.target import target_of_inputs
 
 
 def calibrate(model: Callable[..., Any], batches: Iterable[Any], passes: Any, *, plugins: Any = ()) -> Plan:
     """Decide what lossy passes do to each layer of a model, and write it down.
 
-    The batches are run once, one after the other, without gradients; only sums are kept of them. The
-    model is run in its mode of the moment: call `model.eval()` first if it has dropout.
+    The batches are run one after the other, without gradients, and only sums are kept of them; the first
+    is run once more, to decide. The model is run in its mode of the moment: call `model.eval()` first if it
+    has dropout.
 
     Args:
         model: a module, or a function of tensors.
@@ -98,9 +99,8 @@ def _transformed(
 ) -> GraphModule:
     """The graph that Dynamo gave, after `pipeline`, runnable as it stands."""
     captured = capture(module, inputs)
-    target = target_of(next((t.device for t in inputs if isinstance(t, torch.Tensor)), torch.device("cpu")))
     weights = DerivedWeights(inputs)
-    context = Context(target, captured.training, lambda *_: None, weights, plans)
+    context = Context(target_of_inputs(inputs), captured.training, lambda *_: None, weights, plans)
     for pass_ in pipeline:
         pass_.apply(captured.module, context)
     weights.materialize(captured.module)

@@ -29,7 +29,7 @@ from effopt.passes.region import RegionPass
 from effopt.plugins.manager import Registry, build_registry
 from effopt.plugins.observers import observers
 from effopt.plugins.report import GraphReport, LoweringRecord, Report
-from effopt.target import target_of
+from effopt.target import target_of_inputs
 
 _recording: ContextVar[tuple[Report, ...]] = ContextVar("effopt_recording", default=())
 
@@ -240,7 +240,7 @@ class _Compilation:
     def _transform(self, captured: Captured, inputs: Sequence[Any], weights: DerivedWeights) -> None:
         module, hook = captured.module, self.registry.hook
         context = Context(
-            target=target_of(_device(inputs)),
+            target=target_of_inputs(inputs),
             training=captured.training,
             approve=lambda p, m, r: hook.effopt_approve_rewrite(pass_=p, match=m, replacement=r),
             weights=weights,
@@ -264,7 +264,7 @@ class _Compilation:
                 captured.module,
                 self.registry.ops,
                 self.registry.lowerings,
-                target_of(_device(inputs)),
+                target_of_inputs(inputs),
                 captured.training,
                 self.options.lowering,
                 weights,
@@ -281,10 +281,3 @@ class _Compilation:
         with self._timed("backend"):
             identity = "|".join(p.fingerprint() for p in self.pipeline)
             return inductor.compile_graph(module, inputs, settings, identity)
-
-
-def _device(inputs: Sequence[Any]) -> torch.device:
-    for value in inputs:
-        if isinstance(value, torch.Tensor):
-            return value.device
-    return torch.device("cpu")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,3 +48,8 @@ def target_of(device: torch.device) -> Target:
     arch = gcn.split(":")[0] if torch.version.hip else f"sm_{props.major}{props.minor}"
     rate_bytes, rate_flops = _CUDA_RATES.get(arch, (1.0e12, 1.0e14))
     return Target("cuda", arch, rate_bytes, rate_flops)
+
+
+def target_of_inputs(inputs: Iterable[Any]) -> Target:
+    """The target of the first tensor; the CPU if there is none."""
+    return target_of(next((t.device for t in inputs if isinstance(t, torch.Tensor)), torch.device("cpu")))
