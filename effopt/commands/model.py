@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
+from effopt.commands.own_function import made_by
 from effopt.errors import EffoptError, OptionError, unknown
 
 MODEL_HELP = (
     "An architecture of transformers (llama, qwen3, gpt2, bert, ...) with random weights,"
-    " or package.module:function that returns (model, args, kwargs)."
+    " or package.module:function or file.py:function that returns (model, args, kwargs)."
 )
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)]
@@ -86,20 +84,7 @@ def load(name: str, size: Size) -> Example:
 
 
 def _from_function(name: str) -> Example:
-    module_name, _, function_name = name.partition(":")
-    sys.path.insert(0, os.getcwd())  # as `python -m` has it
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise OptionError(f"cannot import {module_name!r} for MODEL {name!r}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        own = [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__]
-        valid = [n for n in own if callable(getattr(module, n)) and not n.startswith("_")]
-        raise unknown(f"function in {module_name}", function_name, valid or ["(it has none)"])
-    made = function()
+    made = made_by(name)
     if not (
         isinstance(made, tuple) and len(made) == 3 and callable(made[0]) and isinstance(made[2], Mapping)
     ):

@@ -69,6 +69,11 @@ def recall_probe(text: np.ndarray, distance: int, length: int, index: int) -> qu
     return quality.Probe(tokens, (pair.answer, pair.answer + data.VALUE), distance)
 
 
+def language_model() -> tuple[Any, list[quality.Text], list[quality.Probe]]:
+    """For `effopt bench quality examples/tiny_lm/evaluate.py:language_model`, and whatever judges a model."""
+    return tiny.load(), held_out_texts(), recall_probes(32)
+
+
 def quick_check(model: Any) -> dict[str, float]:
     """The figures drawn beside the loss: the beginnings of six held-out files, sixteen queries a distance."""
     was_training = model.training
@@ -145,6 +150,7 @@ def main(
     if (folder / "loss.png").is_file():
         shutil.copyfile(folder / "loss.png", into / "loss.png")
     (into / tiny.NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n")
+    (into / tiny.SHA256).write_text(f"{numbers['sha256']}  {tiny.WEIGHTS}\n")
     for method, bits in numbers["bits_per_byte"].items():
         print(f"{method:>14}  {bits} bits per byte of held-out files")
     for name, interval in numbers["metrics"].items():

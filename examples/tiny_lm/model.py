@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 WEIGHTS, CONFIG, NUMBERS = "model.safetensors", "config.json", "numbers.json"
+SHA256 = f"{WEIGHTS}.sha256"
+"""The hash of numbers.json once more, as `sha256sum -c` and `effopt bench quality` read it."""
 
 
 class CheckpointError(RuntimeError):
