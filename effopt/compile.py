@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections import Counter
@@ -124,7 +125,8 @@ def effopt(
         listener.faults.extend(f for f in registry.faults if f not in listener.faults)
     try:
         compilation = _Compilation(parsed, registry, pipeline, plans, report, is_read=bool(listeners))
-        compiled = compilation.run(module, inputs)
+        with _older_objects_uncollected():
+            compiled = compilation.run(module, inputs)
         registry.hook.effopt_compile_end(report=report)
     finally:
         for listener in listeners:
@@ -133,6 +135,22 @@ def effopt(
     if parsed.report:
         _files[parsed.report].write(parsed.report)
     return compiled
+
+
+@contextmanager
+def _older_objects_uncollected() -> Iterator[None]:
+    """Let Python's collector look at new objects only: graphs make it walk all that a process has imported.
+
+    0.6 s of 12.5 s for Llama with 12 layers in training. Whoever froze objects of his own keeps them so.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Compilation:
