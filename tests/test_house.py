@@ -23,6 +23,7 @@ LAYER = {
     "errors": 0,
     "options": 1,
     "target": 1,
+    "quality": 1,
     "graph": 2,
     "passes": 3,
     "backends": 3,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effopt.errors import QualityError
-from effopt.testing.bootstrap import Ratio, bootstrap
+from effopt.quality.bootstrap import Ratio, bootstrap
 from effopt.testing.quality import FULL, QUICK, Probe, Quality, Text, Tier, evaluate
 
 VOCABULARY = 11

@@ -1,0 +1,1 @@
+"""How good a language model is: texts, figures, intervals. `effopt.testing.quality` has the public names."""
