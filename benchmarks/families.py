@@ -47,11 +47,6 @@ def resident_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def storage_bytes(tensors: Any) -> int:
-    """Bytes of the distinct storages."""
-    return sum({s.data_ptr(): s.nbytes() for t in tensors for s in [t.untyped_storage()]}.values())
-
-
 def build(settings: argparse.Namespace) -> Any:
     """The model, the same in every process."""
     import torch
@@ -79,75 +74,47 @@ class Runner:
 
     def __init__(self, name: str, settings: argparse.Namespace) -> None:
         import torch
-        import transformers
 
         import effopt
+        from effopt.decoding import Decoder
 
         torch.set_num_threads(settings.threads)
         before = resident_bytes()
         model = self.model = build(settings)
         self.parameters = sum(p.numel() for p in model.parameters())
         length = settings.prompt + settings.steps * (settings.rounds + 3) + 1
-        self.ids = torch.randint(0, settings.vocabulary, (1, settings.prompt))
+        ids = torch.randint(0, settings.vocabulary, (1, settings.prompt))
         layerwise, quantize = WAYS[name]
-        cache: Any = None
+        plan = effopt.Plan(())
         options: dict[str, Any] = {}
         if layerwise:
-            plan = effopt.calibrate(model, [{"input_ids": self.ids, "use_cache": False}], layerwise)
+            plan = effopt.calibrate(model, [{"input_ids": ids, "use_cache": False}], layerwise)
             options["plans"] = plan
-            cache = effopt.cache_for(model, plan, max_cache_len=length)
         if quantize:
             options |= {"passes": quantize, "release_weights": True}
-        self.cache = cache or transformers.StaticCache(config=model.config, max_cache_len=length)
-        self.call = model.forward
+        cache = effopt.cache_for(model, plan, max_cache_len=length)
+        call = model.forward
         start = time.perf_counter()
-        self.report = effopt.Report()
-        with torch.no_grad(), effopt.record() as self.report:
+        with effopt.record() as self.report:
             if name != "eager":
                 backend = "inductor" if name == "inductor" else "effopt"
                 extra = {"options": options} if backend == "effopt" else {}
-                self.call = torch.compile(model.forward, backend=backend, dynamic=False, **extra)
-            # A first prefill and step compile; the cache is then filled anew by what was compiled.
-            self.next = self.step(self.ids)
-            for _ in range(3):
-                self.next = self.step(self.next)
+                call = torch.compile(model.forward, backend=backend, dynamic=False, **extra)
+            self.decoder = Decoder(call, cache, ids, length)
+            self.decoder.decode(3)
         self.compile_s = time.perf_counter() - start
         self.resident = resident_bytes() - before
-        self.steps = settings.steps
-
-    def step(self, ids: Any) -> Any:
-        """One forward pass; the greedy next token, `[1, 1]`."""
-        out = self.call(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].argmax(-1, keepdim=True)
-
-    def decode_s(self) -> float:
-        """Seconds a token."""
-        import torch
-
-        with torch.no_grad():
-            start = time.perf_counter()
-            for _ in range(self.steps):
-                self.next = self.step(self.next)
-            return (time.perf_counter() - start) / self.steps
 
     def facts(self) -> dict[str, Any]:
         """Everything but the speed."""
-        graphs = [g for g in self.report.graphs if g.cost]
-        kept = {
-            layer_tensor.data_ptr(): layer_tensor
-            for layer in self.cache.layers
-            for layer_tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-            if layer_tensor is not None and layer_tensor.numel()
-        }
-        from effopt.graph.weights import derivations_of
+        from effopt.decoding import weight_bytes
 
-        parameters = list(self.model.parameters())
-        derived = [t for p in parameters for d in derivations_of(p) for t in d.held.values()]
+        graphs = [g for g in self.report.graphs if g.cost]
         return {
             "parameters": self.parameters,
-            "weight_bytes": storage_bytes([*parameters, *derived]),
+            "weight_bytes": weight_bytes(self.model),
             "resident_bytes": self.resident,
-            "kv_bytes": storage_bytes(kept.values()),
+            "kv_bytes": self.decoder.kv_bytes,
             "prefill_flops": graphs[0].cost["flops_after"] if graphs else None,
             "decode_flops": graphs[-1].cost["flops_after"] if graphs else None,
             "compile_s": self.compile_s,
@@ -163,7 +130,7 @@ def serve(name: str, settings: argparse.Namespace, pipe: Connection) -> None:
     runner = Runner(name, settings)
     pipe.send(runner.facts())
     while pipe.recv():
-        pipe.send(runner.decode_s())
+        pipe.send(runner.decoder.seconds_a_token(settings.steps))
 
 
 def main() -> None:

@@ -114,13 +114,13 @@ def test_bytes_of_a_model_at_four_bits(tied: bool) -> None:
     model, ids = transformers.LlamaForCausalLM(config).bfloat16().eval(), torch.randint(40, (2, 5))
     before = resident(model)
     passes = f"quantize-weights{{bits=4,group=128,embeddings={str(tied).lower()}}}"
-    from effopt.graph import weights
+    from effopt.graph import derivation
 
     with torch.no_grad(), record() as report:
         compiled = compile_released(model, passes)
         compiled(ids)
     of_model = {id(p) for p in model.parameters()}
-    made = [d for d in weights._SHARED.values() if any(id(p) in of_model for p in d.parameters)]
+    made = [d for d in derivation._SHARED.values() if any(id(p) in of_model for p in d.parameters)]
     held = sum(t.untyped_storage().nbytes() for d in made for t in d.held.values())
     assert 0.25 * before < resident(model) + held <= 0.30 * before
     freed, kept = records(report)

@@ -57,8 +57,9 @@ def lower(
             continue
         bound = op.bind(node.args, node.kwargs)
         operands = map_aggregate(bound, val)
-        constants = [name for name, operand in bound.items() if weights.is_constant(operand)]
         candidates = lowerings[op.name] if mode == "auto" else lowerings[op.name][-1:]
+        asked = {name for candidate in candidates for name in candidate.prepack}
+        constants = [name for name in bound if name in asked and weights.is_constant(bound[name])]
         choice = choose(candidates, target, operands, val(node), training, constants)
         node.target = choice.lowering.call
         if choice.lowering.prepack:

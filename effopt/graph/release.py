@@ -23,8 +23,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from effopt.errors import ReleasedWeightError
 from effopt.graph.analyses.weight_source import parameter_path
+from effopt.graph.derivation import Derivation, derivations_of, is_released
 from effopt.graph.rewrite import PassResult
-from effopt.graph.weights import Derivation, DerivedWeights, derivations_of, is_released
+from effopt.graph.weights import DerivedWeights
 
 NAME = "release-weights"
 """What records of freed parameters are filed under."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from effopt.errors import ReleasedWeightError
-from effopt.graph import weights as module_under_test
-from effopt.graph.weights import DerivedWeights, is_released
+from effopt.graph import derivation
+from effopt.graph.derivation import is_released
+from effopt.graph.weights import DerivedWeights
 
 
 class Calls:
@@ -96,11 +97,11 @@ def test_graphs_share_one_constant_and_drop_it_together() -> None:
         )
     assert made[0][0][0] is made[1][0][0]
     assert calls.count == 1
-    count = len(module_under_test._SHARED)
+    count = len(derivation._SHARED)
     made.clear()
     del weights, module, node
     gc.collect()
-    assert len(module_under_test._SHARED) < count
+    assert len(derivation._SHARED) < count
 
 
 def test_other_settings_are_other_constants() -> None:
@@ -126,7 +127,7 @@ def test_derived_from_derived() -> None:
     (value,) = values(reading(module, whole), weights)
     assert torch.equal(value, -0.5 * p.detach())
     assert calls.count == 1
-    held = [d for d in module_under_test._SHARED.values() if d.kind == "halves" and d.parameters == (p,)]
+    held = [d for d in derivation._SHARED.values() if d.kind == "halves" and d.parameters == (p,)]
     assert not [d for d in held if d.held]
 
 

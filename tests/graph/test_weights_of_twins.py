@@ -50,7 +50,7 @@ def test_constants_of_a_model_go_with_it() -> None:
     import gc
     import weakref
 
-    from effopt.graph import weights
+    from effopt.graph.derivation import derivations_of
 
     options = {"passes": "quantize-weights{bits=8}", "lowering": "eager"}
     kept, dropped = model(0), model(1)
@@ -60,7 +60,7 @@ def test_constants_of_a_model_go_with_it() -> None:
     with torch.no_grad():
         run(x)
         other(x)
-        packed = weakref.ref(weights.derivations_of(dropped[0].weight)[0])
+        packed = weakref.ref(derivations_of(dropped[0].weight)[0])
         del other, dropped
         gc.collect()
         kept[0].weight.mul_(2)  # the next call looks at what it holds
