@@ -125,7 +125,7 @@ def effopt(
         listener.faults.extend(f for f in registry.faults if f not in listener.faults)
     try:
         compilation = _Compilation(parsed, registry, pipeline, plans, report, is_read=bool(listeners))
-        with _older_objects_uncollected():
+        with _oldest_uncollected():
             compiled = compilation.run(module, inputs)
         registry.hook.effopt_compile_end(report=report)
     finally:
@@ -138,19 +138,17 @@ def effopt(
 
 
 @contextmanager
-def _older_objects_uncollected() -> Iterator[None]:
-    """Let Python's collector look at new objects only: graphs make it walk all that a process has imported.
+def _oldest_uncollected() -> Iterator[None]:
+    """Keep Python's collector from walking all that a process has imported, as graphs make it do.
 
-    0.6 s of 12.5 s for Llama with 12 layers in training. Whoever froze objects of his own keeps them so.
+    What is new is collected as ever. 0.4 s of 12.5 s for Llama with 12 layers in training.
     """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
+    youngest, middle, oldest = gc.get_threshold()
+    gc.set_threshold(youngest, middle, 1 << 30)
     try:
         yield
     finally:
-        gc.unfreeze()
+        gc.set_threshold(youngest, middle, oldest)
 
 
 class _Compilation:
