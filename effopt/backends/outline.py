@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from effopt.graph.analyses.blocks import Run, blocks, operand_groups, operands
 from effopt.graph.analyses.gradients import differentiable, reached_by_loss, requires_grad_leaf
+from effopt.graph.analyses.symbols import unbound_symbols
 from effopt.graph.normalize import is_view, view_base
 from effopt.graph.values import val
 
@@ -33,15 +34,17 @@ OUTLINED = "effopt_block_"
 
 @dataclass(frozen=True)
 class Outlined:
-    """One block that was outlined."""
+    """One repeated block."""
 
     name: str
     count: int
     nodes: int
+    left: str = ""
+    """Why its copies stay where they are, each compiled for itself; empty if they were outlined."""
 
 
 def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[Outlined]:
-    """Outline every repeated block of a lowered graph, in place.
+    """Outline every repeated block of a lowered graph, in place; say which were left, and why.
 
     Args:
         module: lowered graph, mutations restored.
@@ -62,7 +65,7 @@ def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[
     barriers |= {n for n in carrying - reached_by_loss(graph, carrying) if n.users}
     done: list[Outlined] = []
     for run in blocks(graph, frozenset(barriers), carrying).runs:
-        made = _outline_run(module, run, len(done), carrying)
+        made = _outline_run(module, run, f"block_{len(done)}", carrying)
         if made is not None:
             done.append(made)
     for node in graph.find_nodes(op="call_function", target=operator.getitem):
@@ -90,13 +93,10 @@ def _must_stay(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _settle_symbols(graph: Graph) -> dict[str, Node]:
+def _settle_symbols(graph: Graph) -> None:
     """Sizes go first: a symbolic size is read from the input that is it, or computed once, early.
 
     Each layer computes its sizes again; between the layers' calls they would cut every block.
-
-    Returns:
-        The node of each symbolic size, by its expression.
     """
     known: dict[str, Node] = {}
     anchor = next(n for n in graph.nodes if n.op != "placeholder")
@@ -117,7 +117,6 @@ def _settle_symbols(graph: Graph) -> dict[str, Node]:
                 anchor = node.next
             else:
                 anchor.prepend(node)
-    return known
 
 
 def _hoist_attributes(graph: Graph) -> None:
@@ -163,23 +162,24 @@ def _complete_results(graph: Graph) -> None:
             last = taken[index]
 
 
-def _outline_run(module: GraphModule, run: Run, index: int, carrying: frozenset[Node]) -> Outlined | None:
+def _outline_run(module: GraphModule, run: Run, name: str, carrying: frozenset[Node]) -> Outlined | None:
     """Replace the copies of one block by calls of one subgraph."""
     returned = _returned(run)
     if not returned:
         return None
     taken = operand_groups(run)
     body = _body(run.instances[0], taken, returned, carrying)
-    unbound = _unbound_symbols(body)
+    found = Outlined(name, len(run.instances), len(run.instances[0]))
+    unbound = unbound_symbols(body.graph)
     if unbound:
-        # Given as an operand, the symbol is enough for BLOOM and not for T5 (torch 2.13): left flat.
-        return None
+        # Given as an operand, the symbol is enough for BLOOM and not for T5 (torch 2.13).
+        sizes = ", ".join(sorted(unbound))
+        return replace(found, left=f"its operands give {sizes} only as part of another size, or too late")
     digest = hashlib.sha256(repr([str(n.format_node()) for n in body.graph.nodes]).encode()).hexdigest()[:16]
-    name = f"block_{index}"
     setattr(module, name, body)
     for instance in run.instances:
-        _call(module.graph, instance, name, f"{OUTLINED}{index}_{digest}", taken, returned)
-    return Outlined(name, len(run.instances), len(run.instances[0]))
+        _call(module.graph, instance, name, f"effopt_{name}_{digest}", taken, returned)
+    return found
 
 
 def _returned(run: Run) -> list[int]:
@@ -234,32 +234,6 @@ def _body(
         meta["val"] = meta["example_value"] = requires_grad_leaf(val(instance[i]), instance[i] in carrying)
     graph.output(tuple(inputs[instance[i]] for i in returned))
     return GraphModule({}, graph)
-
-
-def _unbound_symbols(body: GraphModule) -> set[str]:
-    """Symbols in the sizes of a block that no operand has as a size of its own: `n + 1` alone gives no `n`.
-
-    Inductor writes a subgraph's sizes from its operands, and cannot solve for a symbol.
-    """
-    read: set[str] = set()
-    has_compound = False
-    given: dict[bool, set[str]] = {
-        True: set(),
-        False: set(),
-    }  # by whether a tensor has it, or it is an operand
-    for node in body.graph.nodes:
-        value = val(node)
-        is_tensor = isinstance(value, torch.Tensor)
-        shaped = [*value.shape, *value.stride()] if is_tensor else [value]
-        symbolic = [size for size in shaped if isinstance(size, torch.SymInt)]
-        read.update(str(symbol) for size in symbolic for symbol in size.node.expr.free_symbols)
-        if node.op == "placeholder":
-            given[is_tensor].update(str(size.node.expr) for size in symbolic if size.node.expr.is_symbol)
-            has_compound |= any(not size.node.expr.is_symbol for size in symbolic)
-    # It reads the operands in order: `n + 1` may come before the tensor that has `n`.
-    if not has_compound:
-        given[False] |= given[True]
-    return read - given[False]
 
 
 def _mapped(node: Node, place: Any) -> Any:

@@ -78,7 +78,9 @@ def _sections(graph: GraphReport) -> Iterator[RenderableType]:
     for reason, count in graph.unchecked.most_common(_UNCHECKED_SHOWN):
         yield Text(f"unchecked  {count}: {reason}", style="yellow")
     for block in graph.outlined:
-        yield Text(f"outlined   {block.name}: {block.nodes} nodes, {block.count} copies compiled once")
+        what = f"{block.name}: {block.nodes} nodes, {block.count} copies"
+        done = Text(f"outlined   {what} compiled once")
+        yield Text(f"not shared {what} compiled one by one: {block.left}") if block.left else done
     if graph.seconds:
         yield Text("time       " + _times(graph))
     if graph.rejected:
