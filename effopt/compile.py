@@ -232,7 +232,8 @@ class _Compilation:
 
     def _refuse_unplanned(self, why: str) -> None:
         """Layers left out of one graph and run in another would mix two models. Raises PlanError."""
-        planned = [p.spec() for p in self.pipeline if isinstance(p, RegionPass)]
+        follow = (p for p in self.pipeline if isinstance(p, RegionPass) or self.plans.section(p.name))
+        planned = [p.spec() for p in follow]
         if planned:
             raise PlanError(f"{', '.join(planned)} cannot be carried out in all graphs of this model: {why}")
 

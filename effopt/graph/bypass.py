@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -35,6 +35,16 @@ def bypass(pass_name: str, stack: Stack, decisions: Sequence[Any], graph: Graph,
     for layer in chosen:
         left = [n for n in layer.nodes if n in alive and ancestry.depends(n, layer.entry)]
         result.apply(pass_name, "identity", layer.exit, _note(layer, left, keys[layer.exit], ancestry))
+
+
+def all_but_one(pass_name: str, stack: Stack, asked: Mapping[str, Any], result: PassResult) -> Sequence[Any]:
+    """The decision asked for each layer by its path, if one layer stays; else the first one stays."""
+    decisions = [asked.get(layer.path) for layer in stack.layers]
+    if all(decision is not None for decision in decisions):
+        first = stack.layers[0]
+        result.reject(pass_name, first.exit, f"{first.path} stays: nothing would be left of its stack")
+        decisions[0] = None
+    return decisions
 
 
 def _note(layer: Layer, left: Sequence[Node], keys: Sequence[Node], ancestry: Ancestry) -> str:

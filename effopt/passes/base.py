@@ -1,7 +1,8 @@
 """What a pass is. A pass is a frozen dataclass: its fields are its options.
 
-`Rewrite` matches a pattern, `RegionPass` (`region.py`) takes layers from an analysis and decides a plan,
-`GraphPass` does neither and says why. Nothing is stored on `self` while a pass runs.
+`Rewrite` matches a pattern, `RegionPass` (`region.py`) and `SitePass` (`site.py`) decide layer by layer or
+site by site and follow plans, `GraphPass` does neither and says why. Nothing is stored on `self` while a
+pass runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -171,6 +172,32 @@ class Rewrite(Pass):
     @abstractmethod
     def rewrite(self, emit: Emit, m: Match) -> Any:
         """Emit the replacement: one node for each of `outputs`, in that order."""
+
+
+@dataclass(frozen=True)
+class PlannedPass(Pass):
+    """A lossy pass that decides place by place, and does what a plan says where there is one.
+
+    `RegionPass` (`region.py`) does so for layers, `SitePass` (`site.py`) for anything else. A decision is
+    JSON and says all that carrying it out needs, so that one plan may hold what several specs decided.
+    """
+
+    exact: ClassVar[bool] = False
+    alternatives: ClassVar[tuple[str, ...]] = ()
+    """Specs between which `effopt.tune` chooses at each place, unless it is given others; none: it leaves
+    the pass alone."""
+
+    @abstractmethod
+    def choices(
+        self, module: GraphModule, context: Context, result: PassResult
+    ) -> Mapping[str, Sequence[Any]]:
+        """Path of each place in this graph -> what may be decided there, alone. Nothing is changed.
+
+        Args:
+            module: the graph as this pass would get it.
+            context: of the call.
+            result: takes the reason for each place that is left out.
+        """
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Plans: what an inexact pass decided, layer by layer, written down.
+"""Plans: what an inexact pass decided, layer by layer or site by site, written down.
 
-A plan is made once (`effopt.calibrate`), can be printed, saved and read, and is carried out mechanically
-in every graph of the model: prefill, decode, every shape. A graph that it does not fit is an error that
-names the first difference, for a layer skipped in one graph and run in another would be a wrong result.
+A plan is made once (`effopt.calibrate`, `effopt.tune`), can be printed, saved and read, and is carried out
+mechanically in every graph of the model: prefill, decode, every shape. A graph that it does not fit is an
+error that names the first difference, for a layer skipped in one graph and run in another would be a wrong
+result.
 """
 
 from __future__ import annotations
@@ -24,21 +25,22 @@ from effopt.graph.analyses.weight_source import parameter_path
 from effopt.graph.provenance import clean_path, layer_of
 from effopt.graph.values import shape_of
 
-_FORMAT = "effopt-plan/1"
+_STACKS, _SITES = "effopt-plan/1", "effopt-plan/2"
+"""The second has `sites` in its sections. A plan without any is written as the first, for older readers."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One layer in a plan."""
+    """One layer, or one site, in a plan."""
 
     path: str
     """Its module path, such as `model.layers.3`; counted, such as `layer 3`, where it has none."""
     kind: str
-    """Class of its module; empty where it has none."""
+    """Class of a layer's module, empty where it has none; what a site is, such as `linear [704, 256]`."""
     decision: Any
     """What is done to it, as JSON; None leaves it as it is."""
     score: float | None = None
-    """What calibration measured of it."""
+    """What was measured of it: its score, or under `effopt.tune` the share of the budget it takes alone."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,27 @@ class PlannedStack:
 
 
 @dataclass(frozen=True)
+class PlannedSites:
+    """The sites of one graph: a graph that has one of them has all that are to change."""
+
+    sites: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
 class Section:
     """What one pass decided."""
 
     spec: str
     """The pass in text form, options included."""
-    stacks: tuple[PlannedStack, ...]
+    stacks: tuple[PlannedStack, ...] = ()
+    graphs: tuple[PlannedSites, ...] = ()
+    """Of a pass that decides by site; such a pass has no stacks."""
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All layers and sites."""
+        layers = (entry for stack in self.stacks for entry in stack.layers)
+        return (*layers, *(entry for graph in self.graphs for entry in graph.sites))
 
     @property
     def name(self) -> str:
@@ -106,30 +123,24 @@ class Plan:
     """The decisions of one or more passes for one model."""
 
     sections: tuple[Section, ...]
+    report: Any = field(default=None, compare=False, repr=False)
+    """What `effopt.tune` measured on the way to this plan (`TuningReport`). It is not saved with it."""
 
     def __str__(self) -> str:
         lines = []
         for section in self.sections:
             lines.append(section.spec)
-            for entry in (e for stack in section.stacks for e in stack.layers):
+            for entry in section.entries:
                 done = "as it is" if entry.decision is None else json.dumps(entry.decision)
                 score = "" if entry.score is None else f"  score {entry.score:.6f}"
                 lines.append(f"  {entry.path}: {done}{score}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """The plan as JSON text (layout `effopt-plan/1`)."""
-        sections = [
-            {
-                "pass": section.spec,
-                "stacks": [
-                    {"width": stack.width, "layers": [vars(entry) for entry in stack.layers]}
-                    for stack in section.stacks
-                ],
-            }
-            for section in self.sections
-        ]
-        return json.dumps({"format": _FORMAT, "sections": sections}, indent=1)
+        """The plan as JSON text (layout `effopt-plan/1`; `effopt-plan/2` if it holds sites)."""
+        has_sites = any(section.graphs for section in self.sections)
+        sections = [_as_data(section) for section in self.sections]
+        return json.dumps({"format": _SITES if has_sites else _STACKS, "sections": sections}, indent=1)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -140,8 +151,10 @@ class Plan:
         """Read what `to_json` wrote. Raises PlanError if it is something else."""
         try:
             data = json.loads(text)
-            if data["format"] != _FORMAT:
-                raise PlanError(f"the plan has format {data['format']!r}; this version reads {_FORMAT!r}")
+            if data["format"] not in (_STACKS, _SITES):
+                raise PlanError(
+                    f"the plan has format {data['format']!r}; this version reads {_STACKS!r} and {_SITES!r}"
+                )
             return Plan(tuple(_section(s) for s in data["sections"]))
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, PlanError):
@@ -158,7 +171,16 @@ def _section(data: Mapping[str, Any]) -> Section:
     stacks = tuple(
         PlannedStack(int(s["width"]), tuple(Entry(**entry) for entry in s["layers"])) for s in data["stacks"]
     )
-    return Section(str(data["pass"]), stacks)
+    graphs = tuple(PlannedSites(tuple(Entry(**entry) for entry in g)) for g in data.get("graphs", ()))
+    return Section(str(data["pass"]), stacks, graphs)
+
+
+def _as_data(section: Section) -> dict[str, Any]:
+    stacks = [
+        {"width": stack.width, "layers": [vars(entry) for entry in stack.layers]} for stack in section.stacks
+    ]
+    graphs = [[vars(entry) for entry in graph.sites] for graph in section.graphs]
+    return {"pass": section.spec, "stacks": stacks, **({"graphs": graphs} if graphs else {})}
 
 
 def describe(
@@ -195,11 +217,13 @@ def _difference(planned: PlannedStack, found: PlannedStack) -> str | None:
 
 @dataclass
 class Plans:
-    """The plans of one compile call: those given, what calibration measured, and what was decided."""
+    """The plans of one compile call: those given, what was measured or asked, and what was decided."""
 
     given: tuple[Plan, ...] = ()
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Pass name -> layer path -> score, while `effopt.calibrate` makes a plan."""
+    """Pass name -> path of a layer or site -> score, while a plan is made."""
+    asked: Mapping[str, Mapping[str, Any]] | None = None
+    """Pass name -> path -> decision, while `effopt.tune` tries them: all else is left. None otherwise."""
     decided: list[Section] = field(default_factory=list)
     """The decisions taken in this graph, in the order of the passes."""
     pipeline: str = ""
@@ -261,8 +285,8 @@ def plans_from(given: Any) -> tuple[Plan, ...]:
     for plan in plans:
         if not isinstance(plan, Plan):
             raise OptionError(
-                f"option 'plans' must hold plans of effopt.calibrate or effopt.Plan.load, got {plan!r}"
-                f" ({type(plan).__name__})"
+                "option 'plans' must hold plans of effopt.calibrate, effopt.tune or effopt.Plan.load, got"
+                f" {plan!r} ({type(plan).__name__})"
             )
     names = [section.name for plan in plans for section in plan.sections]
     twice = next((n for n in names if names.count(n) > 1), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,19 +14,18 @@ from effopt.errors import PlanError
 from effopt.graph.analyses.layers import Layer, Stack, stacks
 from effopt.graph.release import REPLACES, UNREAD
 from effopt.graph.rewrite import PassResult, Reject
-from effopt.passes.base import Context, Pass
+from effopt.passes.base import Context, PlannedPass
 from effopt.passes.plan import Plans, Section, describe, parameters_of
 
 
 @dataclass(frozen=True)
-class RegionPass(Pass):
+class RegionPass(PlannedPass):
     """A pass over the layers of a model: it decides, for each, and then does what was decided.
 
     The layers are found by structure (`graph/analyses/layers.py`). The decisions come from a plan, if
     one is given, else from `decide`; they are the same in every graph of the model, or an error.
     """
 
-    exact: ClassVar[bool] = False
     provides: ClassVar[tuple[str, ...]] = (REPLACES,)
     is_scored: ClassVar[bool] = False
     """Whether `decide` needs scores, which only `effopt.calibrate` measures."""
@@ -53,6 +52,35 @@ class RegionPass(Pass):
     def enact(self, stack: Stack, decisions: Sequence[Any], graph: Graph, result: PassResult) -> None:
         """Do what was decided. Raises `Reject`, before any edit, if this graph does not allow it."""
 
+    def choices(
+        self, module: GraphModule, context: Context, result: PassResult
+    ) -> Mapping[str, Sequence[Any]]:
+        """What `choices_in` says of the layers of every stack."""
+        found = stacks(module.graph)
+        for node, reason in found.refused:
+            result.reject(self.name, node, reason)
+        return {
+            layer.path: given
+            for stack in found
+            for layer, given in zip(stack.layers, self.choices_in(stack, result), strict=True)
+        }
+
+    def choices_in(self, stack: Stack, result: PassResult) -> Sequence[Sequence[Any]]:
+        """What may be decided for each layer alone; by default what `decide` says, unless it needs scores."""
+        if self.is_scored:
+            raise NotImplementedError(f"{self.name} decides on scores: its choices must be given")
+        return [() if decision is None else (decision,) for decision in self.decide(stack, None, result)]
+
+    def decide_together(self, stack: Stack, asked: Mapping[str, Any], result: PassResult) -> Sequence[Any]:
+        """Decisions for choices taken together, some of them of layers that are gone by now.
+
+        Args:
+            stack: the layers that are there.
+            asked: layer path -> one of its `choices_in`.
+            result: takes the reason for each one that the others leave no room for.
+        """
+        return [asked.get(layer.path) for layer in stack.layers]
+
     def apply(self, module: GraphModule, context: Context) -> PassResult:
         """Decide and enact over every stack of layers. Raises PlanError; nothing is half-applied."""
         result = PassResult()
@@ -76,7 +104,8 @@ class RegionPass(Pass):
         ]
         context.plans.decided.append(Section(self.spec(), tuple(described)))
         parameters = parameters_of(module.graph, context.weights.inputs)
-        context.plans.settle(self.spec(), parameters, found.found)
+        if context.plans.asked is None:
+            context.plans.settle(self.spec(), parameters, found.found)
         read = {node for node in parameters if node.users}
         for stack, decisions in zip(found, chosen, strict=True):
             if all(decision is None for decision in decisions):
@@ -96,6 +125,8 @@ class RegionPass(Pass):
         section = plans.section(self.name)
         if section is not None:
             return section.decisions_for(stack)
+        if plans.asked is not None:
+            return self.decide_together(stack, plans.asked.get(self.name, {}), result)
         scores = plans.scores.get(self.name)
         if self.is_scored and scores is None:
             raise PlanError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +47,15 @@ class WeightSource:
         """The steps as text, equal for equal steps; empty if there are none."""
         return " ".join(f"{target}{args}{kwargs}" for target, args, kwargs in self.steps)
 
+    def then(self, make: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """`make` of the operand, as a function of the parameter. It holds no node either."""
+        return functools.partial(_made_of, self.steps, make)
 
-def run_steps(steps: Sequence[Step], tensor: Tensor) -> Tensor:
-    """The operand that the steps make of a parameter."""
+
+def _made_of(steps: Sequence[Step], make: Callable[[Tensor], Any], tensor: Tensor) -> Any:
     for target, args, kwargs in steps:
         tensor = target(tensor, *args, **dict(kwargs))
-    return tensor
+    return make(tensor)
 
 
 def weight_source(operand: Any, weights: DerivedWeights) -> WeightSource | None:
@@ -71,10 +75,11 @@ def layers_with_weights(
     """The linear layers and embeddings of a graph, and the products of another kind with a parameter.
 
     Returns:
-        Node -> layer path, or the parameter's name where no module is around it; and (node, what it is)
-        for convolutions, batched and grouped products.
+        Node -> layer path, or the parameter's name where no module is around it, or where one module has
+        several; and (node, what it is) for convolutions, batched and grouped products.
     """
     found, others = {}, []
+    sources: dict[Node, Node] = {}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -82,9 +87,19 @@ def layers_with_weights(
             weight = node.args[0 if node.target is _LAYERS[1] else 1]
             source = weight_source(weight, weights)
             found[node] = layer_of(node) or (parameter_path(source.parameter) if source else str(weight))
+            if source is not None:
+                sources[node] = source.parameter
         elif _PRODUCT.search(_name(node)) and any(_is_matrix(a, weights) for a in node.all_input_nodes):
             others.append((node, _name(node)))
-    return found, others
+    return {**found, **_several_in_one(found, sources)}, others
+
+
+def _several_in_one(found: Mapping[Node, str], sources: Mapping[Node, Node]) -> dict[Node, str]:
+    """Parameter names for the layers whose path is also that of another parameter."""
+    weights: dict[str, set[Node]] = {}
+    for node, parameter in sources.items():
+        weights.setdefault(found[node], set()).add(parameter)
+    return {n: parameter_path(p) for n, p in sources.items() if len(weights[found[n]]) > 1}
 
 
 def _name(node: Node) -> str:

@@ -12,7 +12,7 @@ Source: Brandon et al. 2024, arXiv:2405.12981, section 3 (cross-layer attention)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar
@@ -35,6 +35,7 @@ class ShareKVAcrossLayers(RegionPass):
     """Decides for each later layer of a group the position of the layer whose keys it reads."""
 
     name: ClassVar[str] = "share-kv-across-layers"
+    alternatives: ClassVar[tuple[str, ...]] = (name,)
     stage: ClassVar[Stage] = Stage.KV
     requires: ClassVar[tuple[str, ...]] = ("recognize-attention",)
     # Each layer may make its mask anew: it is the same one if it is the same node.
@@ -71,6 +72,29 @@ class ShareKVAcrossLayers(RegionPass):
                 members = range(start, min(start + self.group, positions[-1] + 1))
                 if len(members) > 1:
                     yield members
+
+    def choices_in(self, stack: Stack, result: PassResult) -> Sequence[Sequence[Any]]:
+        """For each later layer of a group that can share, the path of the layer whose keys it reads."""
+        decisions = self.decide(stack, None, result)
+        return [() if first is None else (stack.layers[first].path,) for first in decisions]
+
+    def decide_together(self, stack: Stack, asked: Mapping[str, Any], result: PassResult) -> Sequence[Any]:
+        """Positions of the layers that are still there; a layer whose keys are gone keeps its own."""
+        positions = {layer.path: position for position, layer in enumerate(stack.layers)}
+        decisions: list[int | None] = [None] * len(stack.layers)
+        for later, layer in enumerate(stack.layers):
+            first = positions.get(asked.get(layer.path, ""))
+            if first is not None:
+                # Whoever reads another layer's keys has none of its own to read.
+                own = decisions[first]
+                first = first if own is None else own
+                try:
+                    reading(stack, later, first)
+                except Reject as why:
+                    result.reject(self.name, why.node or layer.exit, f"{layer.path} shares nothing: {why}")
+                else:
+                    decisions[later] = first
+        return decisions
 
     def enact(self, stack: Stack, decisions: Sequence[Any], graph: Graph, result: PassResult) -> None:
         """Redirect the attentions' operands and the graph's outputs; the projections are then dead code."""

@@ -11,7 +11,7 @@ Source: Men et al. 2024, arXiv:2403.03853, section 3 (block influence).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 from effopt.graph.analyses.layers import Stack
-from effopt.graph.bypass import bypass
+from effopt.graph.bypass import all_but_one, bypass
 from effopt.graph.rewrite import PassResult
 from effopt.passes.base import Example, Stage, option
 from effopt.passes.region import RegionPass
@@ -49,6 +49,14 @@ class DropLayers(RegionPass):
         by_importance = sorted(range(count), key=lambda position: (-scores[position], position))
         kept = set(by_importance[: max(1, round(self.keep * count))])
         return [None if position in kept else "drop" for position in range(count)]
+
+    def choices_in(self, stack: Stack, result: PassResult) -> Sequence[Sequence[Any]]:
+        """Every layer: what measures each of them needs no scores."""
+        return [("drop",)] * len(stack.layers)
+
+    def decide_together(self, stack: Stack, asked: Mapping[str, Any], result: PassResult) -> Sequence[Any]:
+        """What was asked, if a layer stays."""
+        return all_but_one(self.name, stack, asked, result)
 
     def enact(self, stack: Stack, decisions: Sequence[Any], graph: Graph, result: PassResult) -> None:
         """Read the stream as it was before the layer."""

@@ -11,7 +11,7 @@ Source: Liu et al. 2024, arXiv:2404.06954, section 3 (skipping spread evenly, eq
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from torch.fx import Graph
 
 from effopt.errors import OptionError
 from effopt.graph.analyses.layers import Stack
-from effopt.graph.bypass import bypass
+from effopt.graph.bypass import all_but_one, bypass
 from effopt.graph.layer_globs import is_named
 from effopt.graph.rewrite import PassResult
 from effopt.passes.base import Example, Stage, option
@@ -35,6 +35,7 @@ class SkipLayers(RegionPass):
     name: ClassVar[str] = "skip-layers"
     stage: ClassVar[Stage] = Stage.LAYERS
     conflicts: ClassVar[tuple[str, ...]] = ("drop-layers",)
+    alternatives: ClassVar[tuple[str, ...]] = (name,)
 
     keep: float = option(
         0.75, "share of the layers that stay, the first and the last among them", min=0.01, max=1
@@ -63,6 +64,16 @@ class SkipLayers(RegionPass):
             raise OptionError(f"{self.name}: layers={list(self.layers)} would skip all {count} layers")
         kept = set(evenly_spaced(count, self.keep)) if not self.layers else {*range(count)} - {*self.layers}
         return [None if position in kept else "skip" for position in range(count)]
+
+    def choices_in(self, stack: Stack, result: PassResult) -> Sequence[Sequence[Any]]:
+        """Each layer that may be skipped, wherever it stands: `keep` is for skipping without measuring."""
+        if self.layers or not all(is_named(layer.path, self.include) for layer in stack.layers):
+            return super().choices_in(stack, result)
+        return [("skip",)] * len(stack.layers)
+
+    def decide_together(self, stack: Stack, asked: Mapping[str, Any], result: PassResult) -> Sequence[Any]:
+        """What was asked, if a layer stays."""
+        return all_but_one(self.name, stack, asked, result)
 
     def enact(self, stack: Stack, decisions: Sequence[Any], graph: Graph, result: PassResult) -> None:
         """Read the stream as it was before the layer."""
