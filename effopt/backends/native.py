@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from effopt.backends.base import Lowering
 from effopt.graph import ops
-from effopt.graph.ops.base import Operands
+from effopt.graph.ops.attention import open_keys, score_flops
+from effopt.graph.ops.base import Operands, hint
 from effopt.target import Target
 
 _ABSORBING = -1e30
@@ -42,10 +43,17 @@ def sdpa(
     dropout_p: float = 0.0,
     zero_masked_rows: bool = False,
     rows_see_key: bool = False,
+    low: int | None = None,
+    high: int | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
 ) -> Tensor:
     """`ops.attention` through `scaled_dot_product_attention`; arguments as there."""
     if bias is not None:
         bias = bias.to(torch.promote_types(bias.dtype, query.dtype))
+    seen = open_keys(query.shape[-2], key.shape[-2], query.device, low, high, query_ids, key_ids)
+    if seen is not None:
+        mask = seen if mask is None else mask & seen
     allowed = _mask_for_kernel(bias, mask)
     q, k, v = (_four_dimensional(x, query.dim()) for x in (query, key, value))
     out = F.scaled_dot_product_attention(
@@ -126,20 +134,25 @@ def _supports_bias(target: Target, operands: Operands) -> str | None:
 
 def _supports_forward(target: Target, operands: Operands) -> str | None:
     query, key, value = operands["query"], operands["key"], operands["value"]
-    bias, mask, fill = operands["bias"], operands["mask"], operands["fill"]
+    bias, is_masked = operands["bias"], _is_masked(operands)
     if operands["softcap"]:
         return "scaled_dot_product_attention has no soft-cap"
     if operands["sinks"] is not None:
         return "scaled_dot_product_attention has no sinks"
-    if operands["is_causal"] and (bias is not None or mask is not None):
+    if operands["is_causal"] and (bias is not None or is_masked):
         return "causal and a mask: scaled_dot_product_attention takes one"
-    if (bias is not None or mask is not None) and query.dim() > 4:
+    if (bias is not None or is_masked) and query.dim() > 4:
         return f"a mask over {query.dim() - 2} leading dimensions; the kernel has batch and heads"
-    return _refuses_mask(query.dtype, bias, mask, fill) or _misses_kernel(target, operands, query, key, value)
+    fill = operands["fill"] if is_masked else None
+    return _refuses_fill(query.dtype, bias, fill) or _misses_kernel(target, operands, query, key, value)
 
 
-def _refuses_mask(dtype: torch.dtype, bias: Any, mask: Any, fill: float | None) -> str | None:
-    if mask is None or fill is None or not math.isfinite(fill):
+def _is_masked(operands: Operands) -> bool:
+    return any(operands[name] is not None for name in ("mask", "low", "high", "query_ids"))
+
+
+def _refuses_fill(dtype: torch.dtype, bias: Any, fill: float | None) -> str | None:
+    if fill is None or not math.isfinite(fill):
         return None
     if fill > _UNREACHED and not _absorbs(fill, dtype):
         return f"masked scores become {fill:g}, which is not far below every score; fill with -inf"
@@ -162,10 +175,14 @@ def _misses_kernel(target: Target, operands: Operands, query: Any, key: Any, val
 
 
 def _cost(target: Target, operands: Operands, result: Any) -> float:
-    op = ops.attention
-    return max(
-        op.bytes_moved(operands, result) / target.bytes_per_s, op.flops(operands, result) / target.flops_per_s
-    )
+    """The roofline. A mask of a band or ids is written and read, and nothing that it hides is skipped."""
+    moved, work = ops.attention.bytes_moved(operands, result), ops.attention.flops(operands, result)
+    if any(operands[name] is not None for name in ("low", "high", "query_ids")):
+        t, s = hint(operands["query"].shape[-2]), hint(operands["key"].shape[-2])
+        ids = operands["query_ids"]
+        moved += 2.0 * t * s * (hint(ids.shape[0]) if ids is not None and ids.dim() == 2 else 1)
+        work = score_flops(operands)
+    return max(moved / target.bytes_per_s, work / target.flops_per_s)
 
 
 LOWERINGS: tuple[Lowering, ...] = (

@@ -1,6 +1,8 @@
 """Scaled dot-product attention with everything that models add to it.
 
-    scores = softcap(scale * query @ key^T) + bias, mask ? scores : fill, causal
+    scores = softcap(scale * query @ key^T) + bias
+    open   = mask and low <= key index - query index <= high and query_ids == key_ids
+    scores = open ? scores : fill, causal
     out    = dropout(softmax([scores, sinks])[..., :s]) @ value
 
 Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; grouped queries: Ainslie et al. 2023,
@@ -24,12 +26,52 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
+def open_keys(
+    t: int,
+    s: int,
+    device: torch.device,
+    low: Optional[int] = None,
+    high: Optional[int] = None,
+    query_ids: Optional[Tensor] = None,
+    key_ids: Optional[Tensor] = None,
+) -> Optional[Tensor]:
+    """Which of `s` keys each of `t` queries sees by band and ids: `[t, s]` or `[b, 1, t, s]`; None: all."""
+    seen: Optional[Tensor] = None
+    if low is not None or high is not None:
+        apart = torch.arange(s, device=device) - torch.arange(t, device=device).unsqueeze(-1)
+        seen = None if low is None else apart >= low
+        if high is not None:
+            seen = apart <= high if seen is None else seen & (apart <= high)
+    if query_ids is not None and key_ids is not None:
+        same = query_ids.unsqueeze(-1) == key_ids.unsqueeze(-2)
+        same = same.unsqueeze(1) if same.dim() == 3 else same
+        seen = same if seen is None else seen & same
+    return seen
+
+
+def band_share(operands: Operands) -> float:
+    """Share of (query, key) pairs that the band of a call leaves open, `is_causal` included."""
+    t, s = hint(operands["query"].shape[-2]), hint(operands["key"].shape[-2])
+    low = -t if operands["low"] is None else hint(operands["low"])
+    high = s if operands["high"] is None else hint(operands["high"])
+    high = min(high, 0) if operands["is_causal"] else high
+    if not t or not s:
+        return 1.0
+    rows = [round(i * (t - 1) / 63) for i in range(64)]
+    spans = (min(s - 1, row + high) - max(0, row + low) + 1 for row in rows)
+    return sum(max(0, span) for span in spans) / (64 * s)
+
+
 def _flops(operands: Operands, _: Any) -> float:
+    return band_share(operands) * score_flops(operands)
+
+
+def score_flops(operands: Operands) -> float:
+    """Floating-point operations of all pairs, those that are masked included."""
     query, key, value = operands["query"], operands["key"], operands["value"]
     # Not Size.numel(), which would fix symbolic sizes at their hints.
     rows, s = math.prod(map(hint, query.shape[:-1])), hint(key.shape[-2])
-    live = 0.5 if operands["is_causal"] else 1.0
-    return live * rows * s * (2.0 * hint(query.shape[-1]) + 2.0 * hint(value.shape[-1]) + 5.0)
+    return rows * s * (2.0 * hint(query.shape[-1]) + 2.0 * hint(value.shape[-1]) + 5.0)
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterable[Sample]:
@@ -48,6 +90,11 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterable[Sample]:
         one_blind[0, 0, 0] = False
         yield Sample((q, k, v), {"scale": 0.5, "mask": one_blind, "fill": torch.finfo(dtype).min})
         yield Sample((q, k, v), {"scale": 0.5, "mask": one_blind, "zero_masked_rows": True})
+        yield Sample(
+            (q, k, v), {"scale": 0.5, "low": s - t - 5, "high": s - t, "fill": torch.finfo(dtype).min}
+        )
+        ids = [torch.arange(n, device=device).expand(b, n) // 6 for n in (t, s)]
+        yield Sample((q, k, v), {"scale": 0.5, "high": 2, "query_ids": ids[0], "key_ids": ids[1]})
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
@@ -78,7 +125,13 @@ def _softmax(scores: Tensor, sinks: Optional[Tensor], zero_masked_rows: bool) ->
     return weights / total
 
 
-@op(flops=_flops, samples=_samples, fake=_fake)
+def _reference_bytes(operands: Operands, _: Any) -> float:
+    """Of all scores in float32: the product, the masks, the maximum, the exponent, the sum, the quotient."""
+    rows = math.prod(map(hint, operands["query"].shape[:-1]))
+    return 32.0 * rows * hint(operands["key"].shape[-2])
+
+
+@op(flops=_flops, samples=_samples, fake=_fake, reference_bytes=_reference_bytes)
 def attention(
     query: Tensor,
     key: Tensor,
@@ -94,6 +147,10 @@ def attention(
     dropout_p: float = 0.0,
     zero_masked_rows: bool = False,
     rows_see_key: bool = False,
+    low: Optional[int] = None,
+    high: Optional[int] = None,
+    query_ids: Optional[Tensor] = None,
+    key_ids: Optional[Tensor] = None,
 ) -> Tensor:
     """Attention of `query` over `key` and `value`.
 
@@ -111,6 +168,10 @@ def attention(
         dropout_p: probability of dropping a weight; the kept ones are scaled.
         zero_masked_rows: rows that see no key give 0, as SDPA does. Otherwise NaN, as softmax does.
         rows_see_key: proved that there is no such row. Changes no value: a kernel may leave out their care.
+        low: keys before query index + low are masked, as by `mask`.
+        high: keys after query index + high are masked likewise.
+        query_ids: integers `[t]` or `[b, t]` (for 4 dimensions): keys of another id are masked likewise.
+        key_ids: `[s]` or `[b, s]`; given if and only if `query_ids` is.
 
     Returns:
         `[b, h, t, dv]`, contiguous, dtype of `query`. The softmax accumulates in float32 or wider.
@@ -124,10 +185,11 @@ def attention(
     if bias is not None:
         scores = scores + bias
     floor = float("-inf") if fill is None else fill
-    if mask is not None:
-        scores = torch.where(mask, scores, floor)
+    t, s = query.shape[-2], key.shape[-2]
+    for seen in (mask, open_keys(t, s, query.device, low, high, query_ids, key_ids)):
+        if seen is not None:
+            scores = torch.where(seen, scores, floor)
     if is_causal:
-        t, s = query.shape[-2], key.shape[-2]
         rows = torch.arange(t, device=query.device).unsqueeze(-1)
         scores = torch.where(torch.arange(s, device=query.device) <= rows, scores, float("-inf"))
     weights = _softmax(scores, sinks, zero_masked_rows).to(query.dtype)

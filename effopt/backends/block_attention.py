@@ -1,0 +1,300 @@
+"""Attention on a CPU that computes only the keys which bands, ids or padding leave open to blocks of queries.
+
+`key_blocks.py` finds the keys of a block. With them a block is an attention of its own, with a mask only
+where its edges are ragged: `scaled_dot_product_attention`, or the op's reference for soft-cap and sinks. A
+row that sees no key gets what softmax gives it over all keys: NaN, the mean of the values for a finite
+fill, or 0 as SDPA gives. The backward pass computes the weights of each block again.
+
+Source: Dao et al. 2022, arXiv:2205.14135, section 3.3 (block-sparse: blocks that are masked are not read) and
+appendix B.2 (the gradients).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effopt.backends.base import Lowering
+from effopt.backends.key_blocks import Block, Call, block_size, blocks_of, open_in, part
+from effopt.graph import ops
+from effopt.graph.ops.attention import band_share, score_flops
+from effopt.graph.ops.base import Operands, hint
+from effopt.target import Target
+
+_UNREACHED = -1e9
+"""No score comes near a fill at or below this: what is masked takes no weight from what is not."""
+_BLOCK_S = 4e-5
+"""Seconds that a block takes beside its arithmetic: slices, one call, one copy of the result."""
+_STEPWISE = 2.0
+"""How much longer soft-cap and sinks take, which the reference computes step by step."""
+_GROUPS_SHARE = 0.5
+"""Share of keys that ids are guessed to leave open where no one knows them yet: a row of two documents."""
+
+
+def _attend(call: Call, block: Block, q: Tensor, k: Tensor, v: Tensor, mean: Tensor) -> Tensor:
+    """The rows of one block. `mean` is that of all values, for rows that see none by a finite fill."""
+    seen, bias = open_in(call, block), _bias_in(call, block)
+    if seen is not None and bias is not None:
+        bias = torch.where(seen, bias, -math.inf)
+        seen = None
+    if call.softcap or call.sinks is not None:
+        out: Tensor = ops.attention.reference(
+            *(q, k, v),
+            scale=call.scale,
+            bias=bias,
+            mask=seen,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            zero_masked_rows=True,
+        )
+    else:
+        allowed = seen if bias is None else bias.to(torch.promote_types(bias.dtype, q.dtype))
+        while allowed is not None and allowed.dim() not in (2, 4):
+            allowed = allowed.unsqueeze(0)
+        grouped = k.shape[1] != q.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, allowed, scale=call.scale, enable_gqa=grouped)
+    hiding = seen if bias is None else bias != -math.inf
+    if hiding is None or call.zero_masked_rows or call.rows_see_key or call.sinks is not None:
+        return out
+    blank = mean if math.isfinite(call.fill) else math.nan
+    return torch.where(hiding.any(-1, keepdim=True), out, blank)
+
+
+def _bias_in(call: Call, block: Block) -> Tensor | None:
+    return None if call.bias is None else part(call.bias, block.batch, block.queries, block.keys)
+
+
+def _mean(call: Call) -> Tensor:
+    """Mean of the values of each head, `[b, h, 1, dv]`; what a row without keys gets, if that is not NaN."""
+    b, h, dv = call.query.shape[0], call.query.shape[1], call.value.shape[-1]
+    if not _gives_mean(call):
+        nan = call.sinks is None and not call.zero_masked_rows and not call.rows_see_key
+        return call.value.new_full((b, h, 1, dv), math.nan if nan else 0.0)
+    return call.value.mean(dim=-2, keepdim=True).repeat_interleave(h // call.value.shape[1], dim=1)
+
+
+def _gives_mean(call: Call) -> bool:
+    """Whether a row without keys gets the mean of all values."""
+    kept = call.rows_see_key or call.zero_masked_rows or call.sinks is not None
+    return not kept and math.isfinite(call.fill)
+
+
+def forward(call: Call) -> Tensor:
+    """The op, block by block."""
+    out = call.query.new_empty((*call.query.shape[:-1], call.value.shape[-1]))
+    mean = _mean(call)
+    for block in blocks_of(call):
+        batch, queries, keys = block.batch, block.queries, block.keys
+        into = out[batch, :, queries]
+        if keys.start >= keys.stop:
+            into.copy_(mean[batch].expand_as(into))
+            continue
+        q, k, v = call.query[batch, :, queries], call.key[batch, :, keys], call.value[batch, :, keys]
+        into.copy_(_attend(call, block, q, k, v, mean[batch]))
+    return out
+
+
+def backward(call: Call, grad: Tensor, needs_bias: bool) -> list[Tensor]:
+    """Gradients of query, key, value, bias and sinks; of the last two empty where not needed."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    query, key, value = (torch.zeros_like(x, dtype=wide) for x in (call.query, call.key, call.value))
+    bias = grad.new_zeros(call.bias.shape if needs_bias and call.bias is not None else (0,), dtype=wide)
+    sinks = grad.new_zeros(() if call.sinks is None else call.sinks.shape, dtype=wide)
+    heads, hkv = call.query.shape[1], call.key.shape[1]
+    mean = grad.new_zeros((grad.shape[0], heads, 1, grad.shape[-1]), dtype=wide)
+    for block in blocks_of(call):
+        batch, queries, keys = block.batch, block.queries, block.keys
+        rows = grad[batch, :, queries].to(wide)
+        if keys.start >= keys.stop:
+            mean[batch] += rows.sum(-2, keepdim=True)
+            continue
+        q = call.query[batch, :, queries].to(wide)
+        k, v = (x[batch, :, keys].to(wide).repeat_interleave(heads // hkv, 1) for x in (call.key, call.value))
+        weights, slope, sink, blind = _weights(call, block, q, k)
+        by_weight = rows @ v.mT
+        held = (weights * by_weight).sum(-1, keepdim=True)
+        by_score = weights * (by_weight - held)
+        if needs_bias:
+            into = part(bias, batch, queries, keys)
+            into += by_score.sum_to_size(into.shape)
+        if sink is not None:
+            sinks -= (sink * held).sum((0, 2, 3))
+        by_product = (by_score if slope is None else by_score * slope) * call.scale
+        query[batch, :, queries] += by_product @ k
+        key[batch, :, keys] += (by_product.mT @ q).unflatten(1, (hkv, -1)).sum(2)
+        value[batch, :, keys] += (weights.mT @ rows).unflatten(1, (hkv, -1)).sum(2)
+        mean[batch] += (rows * blind).sum(-2, keepdim=True)
+    if _gives_mean(call):
+        value += mean.unflatten(1, (hkv, -1)).sum(2) / call.value.shape[-2]
+    given = (call.query, call.key, call.value, call.bias, call.sinks)
+    made = (query, key, value, bias, sinks)
+    return [m if x is None else m.to(x.dtype) for m, x in zip(made, given, strict=True)]
+
+
+def _weights(
+    call: Call, block: Block, q: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Weights of a block, the slope of the soft-cap, the weight of the sinks, and which rows see no key."""
+    scores, slope = q @ k.mT * call.scale, None
+    if call.softcap:
+        capped = torch.tanh(scores / call.softcap)
+        scores, slope = call.softcap * capped, 1.0 - capped * capped
+    bias, seen = _bias_in(call, block), open_in(call, block)
+    scores = scores if bias is None else scores + bias
+    scores = scores if seen is None else scores.masked_fill(~seen, -math.inf)
+    peak = scores.amax(-1, keepdim=True)
+    sink = None if call.sinks is None else call.sinks.to(scores.dtype).view(-1, 1, 1)
+    peak = peak if sink is None else torch.maximum(peak, sink)
+    blind = peak == -math.inf
+    weights = (scores - peak.masked_fill(blind, 0.0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    held = None if sink is None else (sink - peak).exp()
+    total = (total if held is None else total + held).masked_fill(blind, 1.0)
+    return weights / total, slope, None if held is None else held / total, blind
+
+
+_SCHEMA = (
+    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? sinks, Tensor? query_ids,"
+    " Tensor? key_ids, float scale, float fill, float softcap, SymInt low, SymInt high,"
+    " bool zero_masked_rows, bool rows_see_key"
+)
+
+
+@torch.library.custom_op(
+    "effopt_cpu::block_attention", mutates_args=(), schema=f"({_SCHEMA}) -> Tensor", device_types="cpu"
+)
+def _forward(*given: Any) -> Tensor:
+    return forward(Call(*given))
+
+
+@torch.library.custom_op(
+    "effopt_cpu::block_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, bool needs_bias, {_SCHEMA}) -> Tensor[]",
+    device_types="cpu",
+)
+def _backward(grad: Tensor, needs_bias: bool, *given: Any) -> list[Tensor]:
+    return backward(Call(*given), grad, needs_bias)
+
+
+@_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+@_backward.register_fake
+def _(grad: Tensor, needs_bias: bool, *given: Any) -> list[Tensor]:
+    query, key, value, bias, _, sinks = given[:6]
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    made = [torch.empty_like(x) for x in (query, key, value)]
+    of_bias = grad.new_empty(bias.shape if needs_bias and bias is not None else (0,), dtype=wide)
+    of_sinks = grad.new_empty(() if sinks is None else sinks.shape, dtype=wide)
+    return [
+        *made,
+        of_bias if bias is None else of_bias.to(bias.dtype),
+        of_sinks if sinks is None else of_sinks.to(sinks.dtype),
+    ]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.rest = inputs[8:]
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad
+    made = _backward(grad, needs[3], *ctx.saved_tensors, *ctx.rest)
+    query, key, value, bias, sinks = (
+        g if n else None for g, n in zip(made, (*needs[:4], needs[5]), strict=True)
+    )
+    return (query, key, value, bias, None, sinks, *(None,) * 9)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    fill: float | None = None,
+    is_causal: bool = False,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    zero_masked_rows: bool = False,
+    rows_see_key: bool = False,
+    low: int | None = None,
+    high: int | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+) -> Tensor:
+    """`ops.attention` without the keys that no row of a block sees; arguments as there."""
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    low = -query.shape[-2] if low is None else low
+    high = key.shape[-2] if high is None else high
+    if is_causal:
+        high = torch.sym_min(high, 0)
+    floor = -math.inf if fill is None else fill
+    return _forward(  # type: ignore[no-any-return]
+        *(query, key, value, bias, mask, sinks, query_ids, key_ids),
+        *(scale, floor, softcap, low, high, zero_masked_rows, rows_see_key),
+    )
+
+
+def _supports(target: Target, operands: Operands) -> str | None:
+    if target.device_type != "cpu":
+        return f"runs on a CPU, this is {target.device_type}"
+    if operands["query"].dim() != 4:
+        return f"wants a batch and heads, 4 dimensions, got {operands['query'].dim()}"
+    if operands["dropout_p"]:
+        return "has no dropout"
+    stepwise = bool(operands["softcap"]) or operands["sinks"] is not None
+    if all(operands[name] is None for name in ("low", "high", "query_ids")) and not (
+        operands["is_causal"] and stepwise
+    ):
+        return "no band and no ids are proved: which keys could be left out is not known"
+    return _refuses_fill(operands)
+
+
+def _refuses_fill(operands: Operands) -> str | None:
+    fill, bias = operands["fill"], operands["bias"]
+    if fill is None or not math.isfinite(fill):
+        return None
+    if fill > _UNREACHED:
+        return f"masked scores become {fill:g}, which is not far below every score; fill with -inf"
+    if bias is not None:
+        return f"a bias, and a mask that fills with {fill:g}; fill with -inf"
+    if operands["is_causal"]:
+        return f"causal, and a mask that fills with {fill:g}; fill with -inf"
+    return None
+
+
+def _cost(target: Target, operands: Operands, result: Any) -> float:
+    """The roofline of what is left in blocks, and a constant for each block."""
+    query, s = operands["query"], hint(operands["key"].shape[-2])
+    t = hint(query.shape[-2])
+    low = -t if operands["low"] is None else hint(operands["low"])
+    high = s if operands["high"] is None else hint(operands["high"])
+    size = block_size(t, low, min(high, 0) if operands["is_causal"] else high)
+    share = min(1.0, band_share(operands) + size / max(s, 1))
+    ids = operands["query_ids"]
+    share *= 1.0 if ids is None else _GROUPS_SHARE
+    entries = hint(query.shape[0]) if ids is not None and ids.dim() == 2 else 1
+    stepwise = bool(operands["softcap"]) or operands["sinks"] is not None
+    work = share * score_flops(operands) * (_STEPWISE if stepwise else 1.0)
+    moved = ops.attention.bytes_moved(operands, result)
+    blocks = entries * math.ceil(t / size)
+    return max(moved / target.bytes_per_s, work / target.flops_per_s) + blocks * _BLOCK_S
+
+
+LOWERINGS: tuple[Lowering, ...] = (Lowering(ops.attention, "blocks", block_attention, _supports, _cost),)
+"""Before the library kernels: where both are predicted alike, the one that reads less."""

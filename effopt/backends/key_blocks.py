@@ -1,0 +1,131 @@
+"""Which keys a block of queries reaches, found at run time from bands, ids and masks of an attention.
+
+The keys of a block go from the first to the last that any of its rows sees: by the band, by the ids (keys
+whose id lies between the least and the greatest of the block's: no order is assumed), and by a mask over
+keys. Nothing about the values is taken on trust.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from effopt.graph.ops.attention import open_keys
+
+_LEAST, _MOST = 64, 256
+"""Queries in a block. Below, PyTorch's kernel has one tile a head; above, the edges of bands are wasted."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the op: tensors as they are given, or with gradients of their own."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    sinks: Tensor | None
+    query_ids: Tensor | None
+    key_ids: Tensor | None
+    scale: float
+    fill: float
+    softcap: float
+    low: int
+    high: int
+    zero_masked_rows: bool
+    rows_see_key: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some batch entries, some queries, and the keys that they reach."""
+
+    batch: slice
+    queries: slice
+    keys: slice
+
+
+def blocks_of(call: Call) -> Iterator[Block]:
+    """All blocks: every query of every batch entry is in one."""
+    b, t, s = call.query.shape[0], call.query.shape[-2], call.key.shape[-2]
+    size = block_size(t, call.low, call.high)
+    apart = any(x is not None and x.dim() == n and x.shape[0] > 1 for x, n in _per_entry(call))
+    entries = [slice(i, i + 1) for i in range(b)] if apart else [slice(0, b)]
+    for batch in entries:
+        for start in range(0, t, size):
+            queries = slice(start, min(t, start + size))
+            first, last = max(0, start + call.low), min(s, queries.stop + call.high)
+            yield Block(batch, queries, _narrowed(call, batch, queries, first, max(first, last)))
+
+
+def _per_entry(call: Call) -> list[tuple[Tensor | None, int]]:
+    return [(call.mask, 4), (call.query_ids, 2), (call.key_ids, 2)]
+
+
+def block_size(t: int, low: int, high: int) -> int:
+    """Queries in a block: about half of what a row sees, so that a block computes at most half in vain."""
+    width = min(t, high - low + 1)
+    return min(_MOST, max(_LEAST, 1 << (width // 2).bit_length()))
+
+
+def _narrowed(call: Call, batch: slice, queries: slice, first: int, last: int) -> slice:
+    """From the first to the last key that ids and a mask over keys leave open."""
+    seen: Tensor | None = None
+    if first >= last:
+        return slice(first, first)
+    if call.query_ids is not None and call.key_ids is not None:
+        rows, keys = _ids(call.query_ids, batch, queries), _ids(call.key_ids, batch, slice(first, last))
+        seen = ((keys >= rows.min()) & (keys <= rows.max())).any(0)
+    mask = call.mask
+    if mask is not None and _is_over_keys(mask):
+        open_ = part(mask, batch, queries, slice(first, last)).reshape(-1, last - first).any(0)
+        seen = open_ if seen is None else seen & open_
+    if seen is None:
+        return slice(first, last)
+    (at,) = seen.nonzero(as_tuple=True)
+    return slice(first + int(at[0]), first + int(at[-1]) + 1) if len(at) else slice(first, first)
+
+
+def _is_over_keys(mask: Tensor) -> bool:
+    """Whether a mask is the same for all queries and differs between keys."""
+    return mask.dim() > 0 and mask.shape[-1] > 1 and (mask.dim() == 1 or mask.shape[-2] == 1)
+
+
+def _ids(ids: Tensor, batch: slice, places: slice) -> Tensor:
+    """`[entries, n]`."""
+    return ids[places].unsqueeze(0) if ids.dim() == 1 else _entries(ids, batch)[:, places]
+
+
+def _entries(x: Tensor, batch: slice) -> Tensor:
+    return x if x.shape[0] == 1 else x[batch]
+
+
+def part(x: Tensor, batch: slice, queries: slice, keys: slice) -> Tensor:
+    """What a block reads of a tensor that broadcasts to `[b, h, t, s]`."""
+    x = _entries(x, batch) if x.dim() == 4 else x
+    x = x if x.dim() < 2 or x.shape[-2] == 1 else x[..., queries, :]
+    return x if not x.dim() or x.shape[-1] == 1 else x[..., keys]
+
+
+def open_in(call: Call, block: Block) -> Tensor | None:
+    """Which keys of a block its queries see, 2 or 4 dimensions; None if all do."""
+    t, s = block.queries.stop - block.queries.start, block.keys.stop - block.keys.start
+    shift = block.keys.start - block.queries.start
+    low, high = call.low - shift, call.high - shift
+    seen = open_keys(
+        t,
+        s,
+        call.query.device,
+        low if low > 1 - t else None,
+        high if high < s - 1 else None,
+        None if call.query_ids is None else _ids(call.query_ids, block.batch, block.queries),
+        None if call.key_ids is None else _ids(call.key_ids, block.batch, block.keys),
+    )
+    if call.mask is not None:
+        mask = part(call.mask, block.batch, block.queries, block.keys)
+        mask = mask.expand(*(1,) * (2 - mask.dim()), *mask.shape) if mask.dim() < 2 else mask
+        seen = mask if seen is None else seen & mask
+    return seen.unsqueeze(0) if seen is not None and seen.dim() == 3 else seen
