@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +12,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from effopt import pipeline as pipelines
 from effopt.errors import OptionError, PlanError
 from effopt.graph.analyses.layers import Layer, stacks
-from effopt.graph.capture import capture
-from effopt.graph.restore import restore
-from effopt.graph.weights import DerivedWeights
-from effopt.passes.base import Context, Pass
+from effopt.model_graphs import run_calls, transformed
+from effopt.passes.base import Pass
 from effopt.passes.plan import Plan, Plans, Section
 from effopt.passes.region import RegionPass
 from effopt.plugins.manager import build_registry
-from effopt.target import target_of_inputs
 
 
 def calibrate(model: Callable[..., Any], batches: Iterable[Any], passes: Any, *, plugins: Any = ()) -> Plan:
@@ -59,11 +55,11 @@ def calibrate(model: Callable[..., Any], batches: Iterable[Any], passes: Any, *,
 
     def decide(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         plans = Plans(scores=scores, pipeline=f"calibration {id(sections)}")
-        runnable = _transformed(module, inputs, pipeline, plans)
+        runnable = transformed(module, inputs, pipeline, plans)
         _merge(sections, plans.decided)
         return runnable.forward
 
-    _run(model, [first], decide)
+    run_calls(model, [first], decide)
     if not any(section.stacks for section in sections):
         raise PlanError("no stack of layers was found in the model; effopt.explain(model, ...) says why")
     return Plan(tuple(sections))
@@ -77,34 +73,6 @@ def _merge(sections: list[Section], found: Sequence[Section]) -> None:
             sections.append(section)
         else:
             sections[place] = Section(section.spec, (*sections[place].stacks, *section.stacks))
-
-
-def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
-
-
-def _run(model: Callable[..., Any], batches: Iterable[Any], backend: Callable[..., Any]) -> None:
-    compiled = torch.compile(model, backend=backend)
-    # A backend made for this call is compiled for anew, however often the model was compiled before.
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=sys.maxsize):
-        for batch in batches:
-            args, kwargs = _as_call(batch)
-            compiled(*args, **kwargs)
-
-
-def _transformed(
-    module: GraphModule, inputs: Sequence[Any], pipeline: Sequence[Pass], plans: Plans
-) -> GraphModule:
-    """The graph that Dynamo gave, after `pipeline`, runnable as it stands."""
-    captured = capture(module, inputs)
-    weights = DerivedWeights(inputs)
-    context = Context(target_of_inputs(inputs), captured.training, lambda *_: None, weights, plans)
-    for pass_ in pipeline:
-        pass_.apply(captured.module, context)
-    weights.materialize(captured.module)
-    return restore(captured, runs_eagerly=True)
 
 
 class _Means:
@@ -163,9 +131,9 @@ def _scores(
     before = list(itertools.takewhile(lambda p: not isinstance(p, RegionPass), pipeline))
 
     def watch(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        runnable = _transformed(module, inputs, before, Plans())
+        runnable = transformed(module, inputs, before, Plans())
         layers = [layer for stack in stacks(runnable.graph) for layer in stack.layers]
         return _Watch(runnable, [(p, layer) for p in scored for layer in layers], means).run
 
-    _run(model, batches, watch)
+    run_calls(model, batches, watch)
     return means.result()
