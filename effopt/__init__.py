@@ -48,9 +48,13 @@ if TYPE_CHECKING:
     from effopt.passes.base import option as option
     from effopt.passes.plan import Plan as Plan
     from effopt.passes.region import RegionPass as RegionPass
+    from effopt.passes.site import Site as Site
+    from effopt.passes.site import SitePass as SitePass
     from effopt.plugins.expect import expect as expect
     from effopt.plugins.hookspec import hookimpl as hookimpl
     from effopt.plugins.report import Report as Report
+    from effopt.tuning.report import TuningReport as TuningReport
+    from effopt.tuning.tune import tune as tune
 
 _HOMES = {
     "effopt.backends.base": ("Lowering",),
@@ -84,9 +88,12 @@ _HOMES = {
     ),
     "effopt.passes.plan": ("Plan",),
     "effopt.passes.region": ("RegionPass",),
+    "effopt.passes.site": ("Site", "SitePass"),
     "effopt.plugins.expect": ("expect",),
     "effopt.plugins.hookspec": ("hookimpl",),
     "effopt.plugins.report": ("Report",),
+    "effopt.tuning.report": ("TuningReport",),
+    "effopt.tuning.tune": ("tune",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -31,7 +31,8 @@ class Infeasible(Exception):  # noqa: N818 - a value that travels by `raise`, no
 class Choice:
     """One thing that may be done at one site."""
 
-    site: Hashable
+    site: Any
+    """Equal for the choices between which is chosen; hashable."""
     name: str
     """Different for the choices of a site; for people."""
     saving: float
@@ -225,7 +226,9 @@ class _Search:
         reason = "" if is_accepted else self.reasons.get(choice, "")
         if not is_accepted and not reason:
             stronger = next((c for c in taken if c.site == choice.site), None)
-            reason = f"{stronger.name} saves more here and fits" if stronger else "it was not reached"
+            reason = (
+                f"{stronger.name} was accepted here, and saves as much" if stronger else "it was not reached"
+            )
         return Verdict(choice, is_accepted, self.seen.metrics((choice,)), self.shares[choice], reason)
 
 

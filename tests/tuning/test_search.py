@@ -139,7 +139,7 @@ def run(choices: list[Choice], harms: dict[Choice, float], unseen: dict[Choice, 
 
 def test_a_site_is_upgraded_when_there_is_room() -> None:
     assert run(*of(("a", 1, 0.1), ("a", 3, 0.5), ("b", 1, 0.1))) == {
-        ("a", 1): "saves 3 saves more here and fits",
+        ("a", 1): "saves 3 was accepted here, and saves as much",
         ("a", 3): "",
         ("b", 1): "",
     }

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from effopt.graph.normalize import is_view
 from effopt.graph.ops.base import Op, bind_schema, hint, tensor_bytes
 from effopt.graph.values import val
+from effopt.target import Target
 
 _aten = torch.ops.aten
 _MOVE_ONLY = frozenset(
@@ -62,6 +63,12 @@ class Roofline:
     def bytes_moved(self) -> float:
         """Bytes read and written if every op were one kernel."""
         return sum(cost.bytes_moved for cost in self.by_op.values())
+
+    def seconds(self, target: Target) -> float:
+        """Time at the target's rates if arithmetic and traffic took turns: an upper bound of the roofline,
+        and one in which bytes count for a graph that is bound by arithmetic, and the other way round.
+        """
+        return self.bytes_moved / target.bytes_per_s + self.flops / target.flops_per_s
 
 
 def roofline(graph: Graph, ops: Mapping[str, Op]) -> Roofline:
