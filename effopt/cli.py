@@ -14,6 +14,7 @@ from effopt.commands.explain import explain
 from effopt.commands.passes import passes
 from effopt.commands.plugins import plugins
 from effopt.commands.terminal import errors
+from effopt.commands.tune import tune
 from effopt.errors import CheckFailed, EffoptError
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, passes, explain, bench, bisect, plugins):
+for command in (demo, passes, explain, bench, tune, bisect, plugins):
     app.command()(command)
 
 

@@ -25,7 +25,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_help_lists_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    for command in ("demo", "passes", "explain", "bench", "bisect", "plugins"):
+    for command in ("demo", "passes", "explain", "bench", "tune", "bisect", "plugins"):
         assert command in text
 
 
