@@ -58,10 +58,10 @@ def _attend(call: Call, block: Block, q: Tensor, k: Tensor, v: Tensor, mean: Ten
         grouped = k.shape[1] != q.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, allowed, scale=call.scale, enable_gqa=grouped)
     hiding = seen if bias is None else bias != -math.inf
-    if hiding is None or call.zero_masked_rows or call.rows_see_key or call.sinks is not None:
+    kept = call.rows_see_key or call.sinks is not None
+    if hiding is None or kept or (call.zero_masked_rows and not math.isfinite(call.fill)):
         return out
-    blank = mean if math.isfinite(call.fill) else math.nan
-    return torch.where(hiding.any(-1, keepdim=True), out, blank)
+    return torch.where(hiding.any(-1, keepdim=True), out, mean)
 
 
 def _bias_in(call: Call, block: Block) -> Tensor | None:
@@ -79,8 +79,7 @@ def _mean(call: Call) -> Tensor:
 
 def _gives_mean(call: Call) -> bool:
     """Whether a row without keys gets the mean of all values."""
-    kept = call.rows_see_key or call.zero_masked_rows or call.sinks is not None
-    return not kept and math.isfinite(call.fill)
+    return math.isfinite(call.fill) and not call.rows_see_key and call.sinks is None
 
 
 def forward(call: Call) -> Tensor:

@@ -67,7 +67,8 @@ def sdpa(
         enable_gqa=query.dim() == 4 and key.shape[1] != query.shape[1],
     )
     out = out.reshape(*query.shape[:-1], value.shape[-1])
-    if zero_masked_rows or rows_see_key:
+    keeps_zero = zero_masked_rows and (mask is None or fill is None or not math.isfinite(fill))
+    if keeps_zero or rows_see_key:
         return out
     return _restore_blind_rows(out, value, bias, mask, fill)
 

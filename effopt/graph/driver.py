@@ -136,7 +136,7 @@ class _Driver:
         try:
             made = self.rule.rewrite(emit, match)
             new = tuple(made) if isinstance(made, (tuple, list)) else (made,)
-            replacement = Replacement(dict(zip(outputs, new, strict=True)), tuple(emit.nodes))
+            replacement = Replacement(dict(zip(outputs, new, strict=True)), tuple(emit.nodes), emit.note)
             self._check_values(replacement)
             reason = self.approve(self.rule, match, replacement)
             if reason is not None:
@@ -147,7 +147,7 @@ class _Driver:
         self._commit(match, replacement)
 
     def _commit(self, match: Match, replacement: Replacement) -> None:
-        self.result.apply(self.rule.name, _main_op(replacement), match.root)
+        self.result.apply(self.rule.name, _main_op(replacement), match.root, replacement.note)
         self._done.update(match.nodes)
         self._done.update(replacement.emitted)
         for old, new in replacement.outputs.items():

@@ -110,6 +110,7 @@ class Replacement:
 
     outputs: Mapping[Node, Node]
     emitted: tuple[Node, ...]
+    note: str = ""
 
 
 Approve = Callable[[Any, Match, Replacement], str | None]
@@ -122,6 +123,8 @@ class Emit:
     def __init__(self, graph: Graph, origin: Node, before: Node, pass_name: str) -> None:
         self._graph, self._origin, self._before, self._pass = graph, origin, before, pass_name
         self.nodes: list[Node] = []
+        self.note = ""
+        """What the report says of this rewrite besides its pass and op."""
 
     def __call__(self, op: Op | Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """Emit one call. `op` is a canonical op, an ATen overload, or `operator.getitem`."""
@@ -135,7 +138,7 @@ class Emit:
             if key in self._origin.meta:
                 node.meta[key] = self._origin.meta[key]
         node.meta["effopt"] = (self._pass, self._origin.name)
-        node.meta["val"] = fake_call(op.fake if isinstance(op, Op) else target, args, kwargs)
+        node.meta["val"] = fake_call(op.fake if isinstance(op, Op) else target, args, kwargs, self._origin)
         return node
 
     def _size(self, size: torch.SymInt, operands: Sequence[Node]) -> int | Node:

@@ -46,10 +46,15 @@ def fake_mode_of(values: Any) -> FakeTensorMode | None:
     return found[0] if found else None
 
 
-def fake_call(target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Evaluate a call on the fake values of its operands. Shapes only: nothing is computed."""
+def fake_call(
+    target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Any = None
+) -> Any:
+    """Evaluate a call on the fake values of its operands. Shapes only: nothing is computed.
+
+    `like` is a node, or a fake value, of the same graph, for calls without an operand (`arange`).
+    """
     fake_args = map_aggregate(args, val)
     fake_kwargs = map_aggregate(dict(kwargs), val)
-    mode = fake_mode_of((fake_args, fake_kwargs))
+    mode = fake_mode_of((fake_args, fake_kwargs, val(like)))
     with torch.no_grad(), mode or nullcontext(), enable_python_dispatcher():
         return target(*fake_args, **fake_kwargs)

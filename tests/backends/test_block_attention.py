@@ -54,6 +54,7 @@ def cases() -> dict[str, dict[str, Any]]:
         "beyond all keys": {"low": S},
         "beyond all keys, lowest": {"low": S - 9, "fill": lowest},
         "first rows see nothing": {"high": -6, "zero_masked_rows": True},
+        "first rows see nothing, lowest, no zeros": {"high": -6, "fill": lowest, "zero_masked_rows": True},
         "first rows see nothing, -inf": {"high": -6, "fill": -math.inf},
         "first rows see nothing, lowest": {"high": -6, "fill": lowest},
         "ids": {"query_ids": packed[:, :T], "key_ids": packed},

@@ -32,6 +32,7 @@ def masks(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
         "bool, 2-D": {"mask": keep[0, 0]},
         "bool, 3-D": {"mask": keep[0]},
         "bool, zero rows": {"mask": keep, "zero_masked_rows": True},
+        "bool, lowest, no zero rows": {"mask": keep, "fill": lowest, "zero_masked_rows": True},
         "bias": {"bias": bias},
         "bias, -inf": {"bias": torch.where(keep, bias, -math.inf)},
         "bias, zero rows": {"bias": torch.where(keep, bias, -math.inf), "zero_masked_rows": True},

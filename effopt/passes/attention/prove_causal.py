@@ -26,7 +26,7 @@ from effopt.passes.base import Example, Rewrite, Stage
 
 _OPTIONS = (
     *("scale", "bias", "mask", "fill", "is_causal", "softcap"),
-    *("sinks", "dropout_p", "zero_masked_rows", "rows_see_key"),
+    *("sinks", "dropout_p", "zero_masked_rows", "rows_see_key", "low", "high", "query_ids", "key_ids"),
 )
 _MASKED = -1e30
 
@@ -47,14 +47,13 @@ class ProveCausal(Rewrite):
 
     def legal(self, m: Match) -> None:
         require(not m.is_causal, "", m.root)
+        require(m.low is None and m.high is None and m.query_ids is None, "", m.root)
         require(m.mask is not None or m.bias is not None, "", m.root)
         require(m.sinks is None or m.mask is None or not _finite(m.fill), "sinks, and a finite fill", m.root)
         operand = m.bias if m.mask is None else m.mask
         require(
             _causal_operand(m) is not None,
-            ""
-            if not masks.is_mask(operand)
-            else "no mask is proved causal from the graph: it stays a tensor",
+            "" if not masks.is_mask(operand) else "no mask is proved causal from the graph",
             m.root,
         )
 

@@ -25,7 +25,7 @@ from effopt.passes.base import Example, Rewrite, Stage
 
 _OPTIONS = (
     *("scale", "bias", "mask", "fill", "is_causal", "softcap"),
-    *("sinks", "dropout_p", "zero_masked_rows", "rows_see_key"),
+    *("sinks", "dropout_p", "zero_masked_rows", "rows_see_key", "low", "high", "query_ids", "key_ids"),
 )
 
 
@@ -35,7 +35,7 @@ class ProveRowsSeeKey(Rewrite):
 
     name: ClassVar[str] = "prove-rows-see-key"
     stage: ClassVar[Stage] = Stage.ATTENTION
-    after: ClassVar[tuple[str, ...]] = ("prove-causal",)
+    after: ClassVar[tuple[str, ...]] = ("prove-causal", "recover-mask-structure")
 
     def anchors(self, pattern: Any) -> tuple[Any, ...]:
         return (ops.attention.overload,)
@@ -48,6 +48,7 @@ class ProveRowsSeeKey(Rewrite):
         masked = m.mask is not None or m.bias is not None
         cares = masked and not m.rows_see_key and not m.zero_masked_rows
         require(cares, "", m.root)
+        require(m.low is None and m.high is None and m.query_ids is None, "", m.root)
         require(
             m.mask is None or m.bias is None,
             "both a mask and a bias: they could hide all keys together",
@@ -68,15 +69,15 @@ class ProveRowsSeeKey(Rewrite):
     def samples(self) -> Iterable[Example]:
         q = torch.randn(2, 2, 6, 8)
 
-        def window(q: torch.Tensor) -> torch.Tensor:
+        def prefix(q: torch.Tensor) -> torch.Tensor:
             at = torch.arange(q.shape[2])
-            near = (at <= at[:, None]) & (at > at[:, None] - 3)
-            return (q @ q.mT).masked_fill(~near, float("-inf")).softmax(-1) @ q
+            seen = (at <= at[:, None]) | (at < 2)
+            return (q @ q.mT).masked_fill(~seen, float("-inf")).softmax(-1) @ q
 
         def finite(q: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
             return (q @ q.mT + torch.where(keep, 0.0, -1e30)).softmax(-1) @ q
 
-        yield Example(window, (q,))
+        yield Example(prefix, (q,))
         yield Example(finite, (q, torch.rand(6, 6) > 0.5))
 
     def refusals(self) -> Iterable[Example]:

@@ -292,6 +292,16 @@ def table_indexed(b: int, t: int, s: int, weight: Tensor) -> Tensor:
     return weight[positions(t, s)[1] - positions(t, s)[0] + t - 1].permute(2, 0, 1)
 
 
+def buckets(b: int, t: int, s: int, weight: Tensor) -> Tensor:
+    """As T5 does."""
+    far = positions(t, s)[1] - positions(t, s)[0]
+    near, far_log = far.abs() < 3, 3 + (far.abs().float() / 3).log().to(torch.long)
+    bucket = (far > 0).to(torch.long) * 3 + torch.where(
+        near, far.abs(), torch.min(far_log, torch.full_like(far, 5))
+    )
+    return torch.nn.functional.embedding(bucket, weight).permute(2, 0, 1)[None]
+
+
 KINDS_OF_BIAS: dict[str, tuple[Mask, Tensor, list[str]]] = {
     "alibi, and causal": (alibi, torch.rand(4), ["alibi"]),
     "alibi of the distance": (alibi_of_distance, torch.rand(4), ["alibi"]),
@@ -306,6 +316,7 @@ KINDS_OF_BIAS: dict[str, tuple[Mask, Tensor, list[str]]] = {
         ["tensor"],
     ),
     "table": (table, torch.rand(7, 4), ["relative table"]),
+    "table of logarithmic buckets": (buckets, torch.rand(9, 4), ["relative table"]),
     "table of the sum": (
         lambda b, t, s, w: w[(positions(t, s)[1] + positions(t, s)[0])].permute(2, 0, 1),
         torch.rand(20, 4),

@@ -10,7 +10,7 @@ or key changes: numbers, sizes, or elements of tensors, perhaps one for each bat
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from torch.fx import Node
@@ -31,6 +31,8 @@ class Band:
 
     low: Sum | None = None
     high: Sum | None = None
+    origins: tuple[c.Origin | None, ...] = field(default=(), compare=False)
+    """Of the conditions that it is made of."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _of_both(p: c.Condition, origin: c.Origin | None) -> Term:
         band = _band(p.of)
         limit = _alone(p.of, "key", 1)
         if band is not None:
-            return band
+            return replace(band, origins=(origin,))
         if limit is not None and "key" not in c.axes_of(limit):
             return RowLimit(limit * -1, origin)
     if isinstance(p, c.Equal):
@@ -219,6 +221,7 @@ def _merged(terms: Iterable[Term]) -> tuple[Term, ...]:
     runs = {r for t in found if isinstance(t, Groups) for r in runs_of(t.query, t.key)}
     low: list[Sum] = []
     high: list[Sum] = []
+    origins: list[c.Origin | None] = []
     rest: list[Term] = []
     for term in found:
         band = term if isinstance(term, Band) else _within_runs(term, runs)
@@ -226,10 +229,13 @@ def _merged(terms: Iterable[Term]) -> tuple[Term, ...]:
             narrower = None if band is None else _narrower(band, low, high)
             if narrower is None:
                 rest.append(term)
+            else:
+                origins += narrower.origins
             continue
+        origins += band.origins
         low += [band.low] if band.low is not None else []
         high += [band.high] if band.high is not None else []
-    band = Band(low[0] if low else None, high[0] if high else None)
+    band = Band(low[0] if low else None, high[0] if high else None, tuple(origins))
     return (*([band] if low or high else []), *rest)
 
 
@@ -253,7 +259,8 @@ def _within_runs(term: Term, runs: set[Run]) -> Band | None:
     """`position[key] <= position[query] + n` among positions that grow as indices do."""
     condition = getattr(term, "condition", None)
     distance = distance_within(condition.of, runs) if runs and isinstance(condition, c.AtMost) else None
-    return None if distance is None else _band(distance)
+    band = None if distance is None else _band(distance)
+    return None if band is None else replace(band, origins=(getattr(term, "origin", None),))
 
 
 def _stops(value: Any) -> list[Node]:

@@ -61,9 +61,8 @@ def _index_select(r: Reads, node: Node, place: Place) -> Any:
 
 def _diff(r: Reads, node: Node, place: Place) -> Any:
     """Of what grows by the same number at each step, from one such step before it."""
-    source, n, dim, before, after = (
-        (*arguments(node), 1, -1, None, None)[:5] if len(arguments(node)) < 5 else arguments(node)
-    )
+    given = arguments(node)
+    source, n, dim, before, after = given + (None, 1, -1, None, None)[len(given) :]
     if n != 1 or after is not None or node.kwargs or not isinstance(before, Node):
         raise Unread
     d = int(dim) % len(place)

@@ -1,0 +1,266 @@
+"""The mask or bias of an attention as what the op says by numbers and ids, and what is left of it.
+
+    mask = (key <= query) & (key > query - 8) & (document[key] == document[query]) & seen[key]
+      =>   low = -7, high = 0, query_ids = key_ids = document, mask = seen
+
+`plan` looks only; `write` emits. A condition that cannot be laid out again by itself keeps the mask whole,
+beside what was recovered of it: the op takes both, and they agree.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from effopt.graph.analyses import masks
+from effopt.graph.analyses.masks.conditions import Origin
+from effopt.graph.analyses.masks.forms import AXES
+from effopt.graph.analyses.masks.reading import covers
+from effopt.graph.analyses.masks.sums import Axis, Element, Quotient, Sum, Symbol
+from effopt.graph.rewrite import Emit, require
+from effopt.graph.values import shape_of, val
+
+_aten = torch.ops.aten
+_KINDS: dict[type, str] = {
+    masks.Length: "lengths of the keys",
+    masks.Keys: "padding of the keys",
+    masks.Rows: "a condition on queries",
+    masks.RowLimit: "a last key for each query",
+    masks.Prefix: "a prefix that all queries see",
+    masks.Groups: "groups that differ between heads",
+}
+"""What a mask is said to be that stays a tensor."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of the keys that each query sees, and the nodes that stay."""
+
+    band: masks.Band
+    groups: masks.Groups | None
+    rest: tuple[Origin, ...]
+    """Conditions that stay a mask."""
+    whole: bool
+    """Whether the mask stays as it is, because a condition of it cannot be laid out."""
+    added: tuple[masks.Added, ...]
+    """Terms that stay a bias."""
+    fill: float | None
+    """Of what a bias hid; None: -inf, or as it was."""
+    rows_see_key: bool
+
+    def describe(self) -> str:
+        """In words, for the report."""
+        found = []
+        low, high = self.band.low, self.band.high
+        if low is not None or high is not None:
+            bounds = [f"{'' if s is None else _text(s)}" for s in (low, high)]
+            found.append(f"keys {bounds[0] or 'from the first'} .. {bounds[1] or 'to the last'} of the query")
+        if self.groups is not None:
+            n = self.groups.chunk
+            found.append("documents" if n is None else f"chunks of {n}")
+        left = [f"the mask {o.node.name}" for o in self.rest]
+        left += [f"the bias {a.node.name} ({a.kind})" for a in self.added]
+        stays = f"; {', '.join(left)} stays a tensor" if left else ""
+        return (", ".join(found) or "every key is open") + stays
+
+
+def _text(s: Sum) -> str:
+    symbols = [f"{'' if by == 1 else by}{getattr(a, 'expression', a)}" for a, by in s.terms]
+    return " + ".join([*symbols, *([str(s.constant)] if s.constant or not symbols else [])])
+
+
+def plan(query: Node, key: Node, mask: Node | None, bias: Node | None) -> Plan:
+    """What of the mask, or of a bias if there is no mask, an attention can be told. Raises `Reject`."""
+    operand = bias if mask is None else mask
+    assert operand is not None
+    rank = len(shape_of(query))
+    require(rank <= 4, f"a mask over {rank - 2} leading dimensions is not read", operand)
+    added: tuple[masks.Added, ...] = ()
+    fill = None
+    if mask is not None:
+        form = masks.form_of(mask)
+    else:
+        form, added, fill = _of_bias(operand, shape_of(query)[-2], shape_of(key)[-2])
+    require(not form.closed, "", operand)
+    band, groups, rest = _sorted(form, rank)
+    known = band != masks.Band() or groups is not None or not (form.terms or added)
+    require(known or not form.terms, _reason(form), operand)
+    require(known, "", operand)
+    unplaced = any(o is None or not _lies(o, rank) for o in rest)
+    require(not unplaced or mask is not None, "what it adds besides cannot be laid out again", operand)
+    sees = masks.sees_key(form, shape_of(query)[-2], shape_of(key)[-2])
+    sees = sees and all(_is_finite(a.node) for a in added) and (mask is None or bias is None)
+    kept = () if unplaced else tuple(o for o in rest if o is not None)
+    return Plan(band, groups, kept, unplaced, added, fill, sees)
+
+
+def _of_bias(bias: Node, t: Any, s: Any) -> tuple[masks.Form, tuple[masks.Added, ...], float | None]:
+    read = masks.bias_of(bias)
+    kinds = ", ".join(dict.fromkeys(f"{a.node.name} ({a.kind})" for a in read.added))
+    require(bool(read.hidden), f"the bias hides no key by a number: {kinds} stays a tensor", bias)
+    form = masks.form_of_condition(read.open)
+    fills = {h.fill for h in read.hidden}
+    if fills == {-math.inf} or masks.sees_key(form, t, s):
+        return form, read.added, None
+    alone = len(read.hidden) == 1 and not read.added
+    require(
+        alone,
+        f"a row may see no key, and then the sum of its biases decides: {bias.name} stays a tensor",
+        bias,
+    )
+    return form, read.added, fills.pop()
+
+
+def _reason(form: masks.Form) -> str:
+    stops = form.unread()
+    if stops:
+        names = ", ".join(f"{n.name} ({_what(n)})" for n in stops[:3])
+        return f"which keys a query sees hangs on {names}, which is not read further: it stays a tensor"
+    kinds = dict.fromkeys(_KINDS.get(type(term), "bounds known at run time") for term in form.terms)
+    return f"the mask is {', '.join(kinds)}, and no kernel here skips keys by that: it stays a tensor"
+
+
+def _what(node: Node) -> str:
+    return "an input" if node.op == "placeholder" else str(node.target).removesuffix(".default")
+
+
+def _sorted(form: masks.Form, rank: int) -> tuple[masks.Band, masks.Groups | None, list[Origin | None]]:
+    """The band and the groups that the op can be told, and the origins of all else."""
+    band, groups = masks.Band(), None
+    rest: list[Origin | None] = []
+    for term in form.terms:
+        if isinstance(term, masks.Band):
+            if band == masks.Band() and all(_is_known(s) for s in (term.low, term.high) if s is not None):
+                band = term
+            else:
+                rest.extend(term.origins or (None,))
+        elif isinstance(term, masks.Groups) and groups is None and rank == 4 and _are_numbers(term):
+            groups = term
+        else:
+            rest.append(term.origin)
+    return band, groups, rest
+
+
+def _is_known(s: Sum) -> bool:
+    return all(isinstance(atom, Symbol) for atom, _ in s.terms)
+
+
+def _are_numbers(groups: masks.Groups) -> bool:
+    return _is_number(groups.query, "query") and _is_number(groups.key, "key")
+
+
+def _is_number(s: Sum, axis: str) -> bool:
+    return bool(s.terms) and all(_is_number_atom(atom, axis) for atom, _ in s.terms)
+
+
+def _is_number_atom(atom: Any, axis: str) -> bool:
+    if isinstance(atom, Quotient):
+        return _is_number(atom.of, axis)
+    if isinstance(atom, Element):
+        names = {"batch", axis}
+        return covers(atom.node, atom.at) and all(
+            s.number is not None or getattr(s.only, "name", "") in names for s in atom.at
+        )
+    return isinstance(atom, Axis) and atom.name == axis
+
+
+def _lies(origin: Origin, rank: int) -> bool:
+    names = AXES[4 - rank :]
+    return covers(origin.node, origin.at) and all(
+        s.number is not None or getattr(s.only, "name", "") in names for s in origin.at
+    )
+
+
+def _is_finite(node: Node) -> bool:
+    known = masks.evaluate(node)
+    return masks.lower_bound(node) > -math.inf or (known is not None and bool(known.isfinite().all()))
+
+
+def write(emit: Emit, p: Plan, query: Node, key: Node, mask: Node | None) -> dict[str, Any]:
+    """Emit what the attention is told: arguments of the op by name, those that change."""
+    rank = len(shape_of(query))
+    found: dict[str, Any] = {}
+    for name, bound in (("low", p.band.low), ("high", p.band.high)):
+        if bound is not None:
+            found[name] = _size(emit, bound)
+    if p.groups is not None:
+        found["query_ids"] = _numbers(emit, p.groups.query, "query", query)
+        found["key_ids"] = _numbers(emit, p.groups.key, "key", key)
+    if mask is not None:
+        found["mask"] = mask if p.whole else _joined(emit, p.rest, _aten.logical_and.default, rank)
+    else:
+        found["mask"] = _joined(emit, p.rest, _aten.logical_and.default, rank)
+        parts = [Origin(a.node, a.at) for a in p.added]
+        found["bias"] = _joined(emit, parts, _aten.add.Tensor, rank)
+        found["fill"] = p.fill
+    return found
+
+
+def _size(emit: Emit, s: Sum) -> Any:
+    total: Any = s.constant
+    for atom, by in s.terms:
+        node = atom.node  # type: ignore[union-attr]
+        node = node if by == 1 else emit(operator.mul, node, by)
+        total = node if total == 0 else emit(operator.add, node, total)
+    return total
+
+
+def _joined(emit: Emit, origins: Sequence[Origin], op: Any, rank: int) -> Node | None:
+    total: Node | None = None
+    for origin in origins:
+        node = _laid_out(emit, origin.node, origin.at, AXES[4 - rank :])
+        total = node if total is None else emit(op, total, node)
+    return total
+
+
+def _laid_out(emit: Emit, node: Node, at: Sequence[Sum], names: Sequence[str]) -> Node:
+    """A node whose dimensions are numbers or axes, with one for each of `names`, of length 1 if it is new."""
+    sizes = shape_of(node)
+    ordered = len(at) == len(names) and all(
+        getattr(s.only, "name", "") == name or (s.number == 0 and statically_known_true(size == 1))
+        for s, name, size in zip(at, names, sizes, strict=True)
+    )
+    if ordered:
+        return node
+    axes: list[str] = []
+    for dim in reversed(range(len(at))):
+        if at[dim].number is not None:
+            node = emit(_aten.select.int, node, dim, at[dim].constant)
+        else:
+            axes.insert(0, at[dim].only.name)  # type: ignore[union-attr]
+    wanted = [axes.index(n) for n in names if n in axes]
+    if wanted != sorted(wanted):
+        node = emit(_aten.permute.default, node, wanted)
+    for dim, name in enumerate(names):
+        if name not in axes:
+            node = emit(_aten.unsqueeze.default, node, dim)
+    return node
+
+
+def _numbers(emit: Emit, s: Sum, axis: str, along: Node) -> Node:
+    """A sum over one axis and, perhaps, the batch, as integers `[b, n]` or `[1, n]`."""
+    total: Node | None = None
+    for atom, by in sorted(s.terms, key=lambda term: repr(term[0])):
+        node = _number(emit, atom, axis, along)
+        node = node if by == 1 else emit(_aten.mul.Tensor, node, by)
+        total = node if total is None else emit(_aten.add.Tensor, total, node)
+    assert total is not None
+    return emit(_aten.add.Tensor, total, s.constant) if s.constant else total
+
+
+def _number(emit: Emit, atom: Any, axis: str, along: Node) -> Node:
+    if isinstance(atom, Quotient):
+        return emit(_aten.floor_divide.default, _numbers(emit, atom.of, axis, along), atom.by)
+    if isinstance(atom, Element):
+        return _laid_out(emit, atom.node, atom.at, ("batch", axis))
+    n = shape_of(along)[-2]
+    size = n if isinstance(n, int) else emit(_aten.sym_size.int, along, len(shape_of(along)) - 2)
+    device = val(along).device
+    return emit(_aten.unsqueeze.default, emit(_aten.arange.default, size, device=device), 0)
