@@ -9,8 +9,8 @@ program order. The result is the graph that tracing everything gives, node for n
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,27 +18,12 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from effopt.graph.analyses.blocks import Run, blocks, operand_groups, operands, results
+from effopt.graph.capture_join import POSITION, Piece, join
 from effopt.graph.values import val
 
 Export = Callable[[GraphModule, list[Any]], tuple[GraphModule, Any]]
 
-_POSITION = "effopt_position"
 _LEAST_SAVED = 40  # nodes; below that, two traces cost more than one
-_OWN_META = ("stack_trace", "source_fn_stack", "from_node")
-
-
-@dataclass
-class _Piece:
-    """One run of equal blocks, traced."""
-
-    run: Run
-    groups: list[list[tuple[int, int]]]
-    returned: list[int]
-    body: GraphModule
-    first_input: int = 0
-    """Position, among the outer graph's inputs, of the first result of the first copy."""
-    first_output: int = 0
-    """Position, among the outer graph's outputs, of the first operand of the first copy."""
 
 
 def export_in_blocks(
@@ -54,34 +39,53 @@ def export_in_blocks(
     Returns:
         What `export(module, inputs)` would return; None if there is nothing to gain, or if an operand
         or a result of a block is written in place anywhere: which of its values a block reads depends
-        on when, and the pieces are put together by value.
+        on when, and the pieces are put together by value. None as well if tracing a copy guards one of
+        its symbolic numbers.
     """
     calls = [n for n in module.graph.nodes if n.op in ("call_function", "call_method")]
     for node in module.graph.nodes:
         if "example_value" in node.meta:
             node.meta["val"] = node.meta["example_value"]
-    barriers = frozenset(n for n in calls if not _is_plain(n))
+    numbers = frozenset(n for n in calls if _is_given_number(n))
+    barriers = frozenset(n for n in calls if not _is_plain(n)) - numbers
     carrying = frozenset(n for n in calls if isinstance(val(n), torch.Tensor) and val(n).requires_grad)
-    runs = [r for r in blocks(module.graph, barriers, carrying).runs if r.saved_nodes >= _LEAST_SAVED]
+    runs = [
+        r for r in blocks(module.graph, barriers, carrying, numbers).runs if r.saved_nodes >= _LEAST_SAVED
+    ]
     if not runs:
         return None
     if any(_is_written(source) for run in runs for source in _sources(run)):
         return None
     for position, node in enumerate(module.graph.nodes):
-        node.meta["custom"] = {**node.meta.get("custom", {}), _POSITION: position}
+        node.meta["custom"] = {**node.meta.get("custom", {}), POSITION: position}
     pieces = []
     for run in runs:
         groups, returned = operand_groups(run), results(run)
-        body, signature = export(*_body(module, run.instances[0], groups, returned))
-        if signature.user_inputs_to_mutate or signature.buffers_to_mutate:
+        given, fakes = _body(module, run.instances[0], groups, returned)
+        with _watched(fakes) as settled:
+            body, signature = export(given, fakes)
+        if settled or signature.user_inputs_to_mutate or signature.buffers_to_mutate:
             return None
-        pieces.append(_Piece(run, groups, returned, body))
+        pieces.append(Piece(run, groups, returned, body))
     outer_module, fakes = _outer(module, pieces)
     outer, signature = export(outer_module, [*inputs, *fakes])
     placeholders = [n.name for n in outer.graph.find_nodes(op="placeholder")]
     if any(name in placeholders[len(inputs) :] for name in signature.user_inputs_to_mutate.values()):
         return None
-    return _join(module, outer, pieces, len(inputs), len(signature.user_inputs_to_mutate)), signature
+    return join(module, outer, pieces, len(inputs), len(signature.user_inputs_to_mutate)), signature
+
+
+@contextmanager
+def _watched(fakes: Sequence[Any]) -> Iterator[list[Any]]:
+    """Takes note of guards on the numbers of the copy that is traced: the other copies' numbers have none."""
+    numbers = [fake.node for fake in fakes if isinstance(fake, torch.SymFloat)]
+    symbols = {symbol for number in numbers for symbol in number.expr.free_symbols}
+    before = len(numbers[0].shape_env.guards) if numbers else 0
+    settled: list[Any] = []
+    yield settled
+    if numbers:
+        new = numbers[0].shape_env.guards[before:]
+        settled += [guard.expr for guard in new if symbols & guard.expr.free_symbols]
 
 
 def _is_plain(node: Node) -> bool:
@@ -92,6 +96,18 @@ def _is_plain(node: Node) -> bool:
     tensors = value if isinstance(value, (tuple, list)) else (value,)
     return all(isinstance(t, torch.Tensor) for t in tensors) and not isinstance(
         node.target, torch._ops.HigherOrderOperator
+    )
+
+
+def _is_given_number(node: Node) -> bool:
+    """A float attribute of the model: `dynamic=True` makes it an input, and reads it with `item()`."""
+    (source,) = node.all_input_nodes if len(node.all_input_nodes) == 1 else (None,)
+    return (
+        node.target == "item"
+        and source is not None
+        and source.op == "placeholder"
+        and isinstance(val(node), torch.SymFloat)
+        and val(node).node.hint is not None
     )
 
 
@@ -140,7 +156,7 @@ def _body(
     return GraphModule(module, graph), fakes
 
 
-def _outer(module: GraphModule, pieces: list[_Piece]) -> tuple[GraphModule, list[Any]]:
+def _outer(module: GraphModule, pieces: list[Piece]) -> tuple[GraphModule, list[Any]]:
     """The graph without the blocks: their results are inputs, their operands are outputs."""
     graph, env, fakes = Graph(), dict[Node, Node](), list[Any]()
     inside = {n for piece in pieces for instance in piece.run.instances for n in instance}
@@ -164,120 +180,3 @@ def _outer(module: GraphModule, pieces: list[_Piece]) -> tuple[GraphModule, list
             values += [env[operands(instance[group[0][0]])[group[0][1]]] for group in piece.groups]
     graph.output(tuple(values))
     return GraphModule(module, graph), fakes
-
-
-def _join(
-    module: GraphModule, outer: GraphModule, pieces: list[_Piece], inputs: int, written: int
-) -> GraphModule:
-    """Copy all pieces into one graph, in the order of the program."""
-    joiner = _Joiner(list(module.graph.nodes), outer, pieces, inputs, written)
-    (output,) = module.graph.find_nodes(op="output")
-    joiner.copy_all()
-    values = joiner.outer_outputs[: written + len(output.args[0])]
-    joiner.joined.graph.output(tuple(map_arg(values, lambda n: joiner.value(_OUTER, 0, n))))
-    joiner.joined.recompile()
-    return joiner.joined
-
-
-_OUTER = -1
-
-
-class _Joiner:
-    """Copies traced nodes on demand. A node is named by its piece (or `_OUTER`), its copy, and itself."""
-
-    def __init__(
-        self, program: list[Node], outer: GraphModule, pieces: list[_Piece], inputs: int, written: int
-    ) -> None:
-        self.program = program
-        self.position = {node: i for i, node in enumerate(program)}
-        self.outer, self.pieces = outer, pieces
-        self.joined = GraphModule(torch.nn.Module(), Graph())
-        self.outer_outputs = _outputs(outer)
-        self.env: dict[tuple[int, int, Node], Node] = {}
-        self._operands: dict[tuple[int, int, Node], Any] = {}
-        self._results: dict[Node, tuple[int, int, Any]] = {}
-        parameters = list(outer.graph.find_nodes(op="placeholder"))
-        for node in parameters[:inputs]:
-            self.env[_OUTER, 0, node] = self.joined.graph.node_copy(node)
-        for k, piece in enumerate(pieces):
-            given = list(piece.body.graph.find_nodes(op="placeholder"))
-            for c in range(len(piece.run.instances)):
-                start = written + piece.first_output + c * len(given)
-                self._operands.update(((k, c, p), self.outer_outputs[start + i]) for i, p in enumerate(given))
-                start = piece.first_input + c * len(piece.returned)
-                self._results.update(
-                    (parameters[start + i], (k, c, r)) for i, r in enumerate(_outputs(piece.body))
-                )
-
-    def copy_all(self) -> None:
-        """Copy every traced node, in program order as far as its operands allow."""
-        waiting = [(at, _OUTER, 0, node) for at, node in _placed(self.outer, {})]
-        for k, piece in enumerate(self.pieces):
-            for c in range(len(piece.run.instances)):
-                places = {self.position[n]: self.position[o] for n, o in self._origins(k, c).items()}
-                waiting += [(at, k, c, node) for at, node in _placed(piece.body, places)]
-        for _, k, c, node in sorted(waiting, key=lambda entry: entry[0]):
-            self.value(k, c, node)
-
-    def _origins(self, k: int, c: int) -> dict[Node, Node]:
-        """For each node of a block's first copy, the same one of copy `c`."""
-        instances = self.pieces[k].run.instances
-        return dict(zip(instances[0], instances[c], strict=True))
-
-    def value(self, k: int, c: int, node: Node) -> Node:
-        """The copy of a node, made now if it was not yet."""
-        key = (k, c, node)
-        if key not in self.env:
-            if key in self._operands:
-                self.env[key] = self.value(_OUTER, 0, self._operands[key])
-            elif k == _OUTER and node in self._results:
-                self.env[key] = self.value(*self._results[node])
-            else:
-                self.env[key] = self._copy(k, c, node)
-        return self.env[key]
-
-    def _copy(self, k: int, c: int, node: Node) -> Node:
-        made = self.joined.graph.node_copy(node, lambda operand: self.value(k, c, operand))
-        if node.op == "get_attr":
-            holder = self.outer if k == _OUTER else self.pieces[k].body
-            made.target = self._attribute(k, str(node.target), getattr(holder, str(node.target)))
-        made.meta = dict(node.meta)
-        custom = dict(made.meta.pop("custom", {}))
-        position = custom.pop(_POSITION, None)
-        if custom:
-            made.meta["custom"] = custom
-        if k != _OUTER and position is not None:
-            own = self._origins(k, c)[self.program[position]].meta
-            made.meta.update({key: own[key] for key in _OWN_META if key in own})
-            made.meta["nn_module_stack"] = _named_stack(own)
-        return made
-
-    def _attribute(self, k: int, name: str, held: Any) -> str:
-        unique = name if k == _OUTER else f"{name}_of_block_{k}"
-        if not hasattr(self.joined, unique):
-            setattr(self.joined, unique, held)
-        return unique
-
-
-def _named_stack(meta: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Module stack with the classes by name, as a trace has it."""
-
-    def name(kind: Any) -> str:
-        return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-
-    return {key: (path, name(kind)) for key, (path, kind) in (meta.get("nn_module_stack") or {}).items()}
-
-
-def _placed(traced: GraphModule, places: Mapping[int, int]) -> Iterator[tuple[int, Node]]:
-    """The calls of a piece with their place in the program; one without a place follows the last."""
-    last = -1
-    for node in traced.graph.nodes:
-        if node.op not in ("placeholder", "output"):
-            origin = node.meta.get("custom", {}).get(_POSITION)
-            last = last if origin is None else places.get(origin, origin)
-            yield last, node
-
-
-def _outputs(traced: GraphModule) -> list[Any]:
-    (output,) = traced.graph.find_nodes(op="output")
-    return list(output.args[0])

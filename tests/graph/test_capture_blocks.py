@@ -31,7 +31,7 @@ def listing(captured: Captured) -> list[Any]:
 
 
 def both_ways(
-    function: Callable[..., Any], *inputs: Any, monkeypatch: pytest.MonkeyPatch
+    function: Callable[..., Any], *inputs: Any, monkeypatch: pytest.MonkeyPatch, dynamic: bool | None = None
 ) -> tuple[Any, Any, bool]:
     """The listing with blocks traced once, the listing of the whole trace, and whether blocks were used."""
     found: list[Any] = []
@@ -50,7 +50,7 @@ def both_ways(
             found.append(listing(capture(module, example)))
         return module.forward
 
-    torch.compile(function, backend=backend)(*inputs)
+    torch.compile(function, backend=backend, dynamic=dynamic)(*inputs)
     return found[0], found[1], used[0]
 
 
@@ -189,3 +189,70 @@ def test_operands_that_are_one_value_in_the_first_copy_only(monkeypatch: pytest.
     in_blocks, whole, used = both_ways(model, *inputs, monkeypatch=monkeypatch)
     assert used
     assert in_blocks == whole
+
+
+class Scaled(Layer):
+    """With a number of its own, which `dynamic=True` makes an input of the graph."""
+
+    def __init__(self, number: float, asks: bool = False) -> None:
+        super().__init__(8, 0.0)
+        self.number, self.asks = number, asks
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        x = super().forward(x * self.number, scale)
+        return torch.nn.functional.leaky_relu(x, self.number) if self.asks else x - self.number
+
+
+class DeepScaled(Deep):
+    def __init__(self, numbers: list[float], asks: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Scaled(number, asks) for number in numbers)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_numbers_that_are_inputs_do_not_cut_blocks(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = DeepScaled([0.5] * 6).train(training), torch.randn(3, 8)
+    with torch.set_grad_enabled(training):
+        once, whole, used = both_ways(model, x, monkeypatch=monkeypatch, dynamic=True)
+    assert used
+    assert once == whole
+
+
+@pytest.mark.parametrize("asks", [False, True], ids=["symbolic", "known"])
+def test_each_layer_keeps_the_number_that_is_its_own(asks: bool) -> None:
+    """Equal when compiled, and changed in one layer after: nothing of the first layer's may hold for it."""
+    torch.manual_seed(0)
+    model, x = DeepScaled([0.5] * 6, asks).eval(), torch.randn(3, 8)
+    compiled = torch.compile(model, backend="effopt", dynamic=True, options={"lowering": "eager"})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        for layer in (2, 0):
+            model.layers[layer].number = 0.25
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_layers_of_other_numbers_are_other_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = DeepScaled([0.5, 0.25] * 4).eval(), torch.randn(3, 8)
+    with torch.no_grad():
+        once, whole, _ = both_ways(model, x, monkeypatch=monkeypatch, dynamic=True)
+        assert once == whole
+        compiled = torch.compile(model, backend="effopt", dynamic=True, options={"lowering": "eager"})
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_number_that_tracing_settles_is_traced_whole() -> None:
+    """What was found out of the first copy's number is guarded for that one alone."""
+    graphs: list[Any] = []
+
+    def settling(module: GraphModule, inputs: list[Any]) -> tuple[GraphModule, Any]:
+        for number in (i for i in inputs if isinstance(i, torch.SymFloat)):
+            assert number > -1  # asks, as the shape function of an operator may
+        return capturing._trace(module, inputs)
+
+    def backend(module: GraphModule, example: Any) -> Callable[..., Any]:
+        graphs.append(export_in_blocks(module, list(example), settling))
+        return module.forward
+
+    with torch.no_grad():
+        torch.compile(DeepScaled([0.5] * 6).eval(), backend=backend, dynamic=True)(torch.randn(3, 8))
+    assert graphs == [None]

@@ -47,6 +47,7 @@ def blocks(
     graph: Graph,
     barriers: frozenset[Node] = frozenset(),
     marked: frozenset[Node] = frozenset(),
+    given: frozenset[Node] = frozenset(),
     smallest: int = 6,
 ) -> Blocks:
     """Find the repeated blocks of a graph.
@@ -56,10 +57,12 @@ def blocks(
         barriers: nodes that no block may contain; blocks end before and begin after them.
         marked: nodes that differ from the others in a way the graph does not show, such as carrying
             a gradient; a marked node is never equal to an unmarked one.
+        given: calls that are as good as inputs: no block contains one, none is cut by one, and two of
+            one present value are equal operands.
         smallest: fewest nodes of a block.
     """
-    nodes = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
-    tokens = [None if n in barriers else _token(n, marked) for n in nodes]
+    nodes = [n for n in graph.nodes if n.op in ("call_function", "call_method") and n not in given]
+    tokens = [None if n in barriers else _token(n, marked, given) for n in nodes]
     ids: dict[Any, int] = {}
     sequence = [-1 - i if t is None else ids.setdefault(t, len(ids)) for i, t in enumerate(tokens)]
     runs: list[Run] = []
@@ -77,10 +80,12 @@ def blocks(
     return Blocks(tuple(sorted(runs, key=lambda r: -r.saved_nodes)))
 
 
-def _token(node: Node, marked: frozenset[Node]) -> Any:
+def _token(node: Node, marked: frozenset[Node], given: frozenset[Node]) -> Any:
     """What two nodes must share to be the same step of two copies of a block."""
 
     def describe(value: Any) -> Any:
+        if value in given:
+            return ("given", val(value).node.hint)
         return ("node", _signature(val(value)), value in marked) if isinstance(value, Node) else value
 
     arguments = map_aggregate((node.args, tuple(sorted(node.kwargs.items()))), describe)
