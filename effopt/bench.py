@@ -85,10 +85,14 @@ class Comparison:
 
     def speedup(self, name: str, over: str) -> Ratio:
         """Latency of `over` divided by that of `name`, round by round."""
-        pairs = zip(self[over].latencies_s, self[name].latencies_s, strict=True)
-        ratios = [slow / fast for slow, fast in pairs]
-        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return Ratio(median, low, high)
+        return ratio_of(self[over].latencies_s, self[name].latencies_s)
+
+
+def ratio_of(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
+    """Of seconds over seconds, round by round; three rounds at least."""
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(median, low, high)
 
 
 def compare(

@@ -23,8 +23,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, passes, explain, bench, tune, bisect, plugins):
+for command in (demo, passes, explain, tune, bisect, plugins):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

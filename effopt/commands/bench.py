@@ -1,4 +1,4 @@
-"""`effopt bench`: eager, Inductor and effopt side by side."""
+"""`effopt bench`: eager, Inductor and effopt side by side; `effopt bench quality` is one more command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from typer.core import TyperGroup
 
+from effopt.commands.bench_quality import quality
 from effopt.commands.model import (
     Attention,
     Batch,
@@ -32,7 +34,23 @@ if TYPE_CHECKING:
     from effopt.bench import Comparison
 
 
-def bench(
+class SpeedByDefault(TyperGroup):
+    """A group whose first word may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `speed` in front of what names no command."""
+        if not args or args[0] not in (*self.commands, "--help"):
+            args = ["speed", *args]
+        return super().parse_args(ctx, args)
+
+
+bench = typer.Typer(
+    help="Measure on this machine. `effopt bench MODEL` is `effopt bench speed MODEL`.", cls=SpeedByDefault
+)
+
+
+@bench.command()
+def speed(
     model: Model = "llama",
     passes: Passes = "",
     disable: Disable = "",
@@ -66,6 +84,9 @@ def bench(
     console.print(f"[dim]{machine_line(result)}[/dim]", highlight=False)
     if json_file:
         Path(json_file).write_text(json.dumps(as_data(result), indent=1) + "\n", encoding="utf-8")
+
+
+bench.command()(quality)
 
 
 def as_table(result: Comparison) -> Table:

@@ -12,16 +12,18 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import nn
 
 from effopt.commands.own_function import made_by
-from effopt.commands.texts import read_texts
 from effopt.errors import EffoptError, OptionError, QualityError, unknown
-from effopt.testing.quality import Probe, Text
+
+if TYPE_CHECKING:
+    from torch import dtype as DType
+    from torch import nn
+
+    from effopt.quality.texts import Probe, Text
 
 LANGUAGE_MODEL_HELP = (
     "A folder with a transformers checkpoint (config.json, model.safetensors), or package.module:function or"
@@ -31,16 +33,12 @@ LanguageModelName = Annotated[
     str, typer.Argument(help=LANGUAGE_MODEL_HELP, metavar="MODEL", show_default=False)
 ]
 TextPaths = Annotated[
-    list[str],
-    typer.Option(
-        "--texts",
-        help="Held-out text for a folder: a file, a folder or a glob; may be repeated.",
-        default_factory=list,
-    ),
+    list[str] | None,
+    typer.Option("--texts", help="Held-out text for a folder: a file, folder or glob. May be repeated."),
 ]
 DTypeName = Annotated[str, typer.Option("--dtype", help="Of a folder's weights: float32, bfloat16, float16.")]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = ("float32", "bfloat16", "float16")
 _MOST_BYTE_TOKENS = 512  # 256 and some for marks, ByT5's 128 among them
 
 
@@ -92,6 +90,10 @@ def load_language_model(model: str, texts: Sequence[str] = (), dtype: str = "flo
 
 
 def _from_function(name: str) -> LanguageModel:
+    from torch import nn
+
+    from effopt.quality.texts import Probe, Text
+
     made = made_by(name)
     is_right = isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module)
     for part, kind in zip(made[1:] if is_right else (), (Text, Probe), strict=False):
@@ -113,6 +115,10 @@ def _from_function(name: str) -> LanguageModel:
 def _from_folder(folder: Path, texts: Sequence[str], dtype: str) -> LanguageModel:
     if importlib.util.find_spec("transformers") is None:
         raise EffoptError("a checkpoint in a folder needs transformers: pip install 'effopt[hf]'")
+    import torch
+
+    from effopt.commands.texts import read_texts
+
     if dtype not in _DTYPES:
         raise unknown("dtype", dtype, _DTYPES)
     weights = sorted(folder.glob("*.safetensors"))
@@ -123,7 +129,7 @@ def _from_folder(folder: Path, texts: Sequence[str], dtype: str) -> LanguageMode
         raise OptionError(f"there is no text to judge {folder} by: give held-out text, --texts PATH")
     for path in weights:
         _check_sha256(path)
-    model = _read_weights(folder, _DTYPES[dtype])
+    model = _read_weights(folder, getattr(torch, dtype))
     tokenizer = _tokenizer(folder, _vocabulary(model))
     first = model.config.bos_token_id if tokenizer is None else None
     return LanguageModel(str(folder), model, read_texts(texts, tokenizer, first))
@@ -145,7 +151,7 @@ def _check_sha256(path: Path) -> None:
         )
 
 
-def _read_weights(folder: Path, dtype: torch.dtype) -> Any:
+def _read_weights(folder: Path, dtype: DType) -> Any:
     import transformers
 
     shows_bar = transformers.utils.logging.is_progress_bar_enabled()
@@ -192,6 +198,8 @@ def _unreadable(folder: Path, error: Exception) -> OptionError:
 
 def _checked(found: LanguageModel) -> LanguageModel:
     """The same. Raises QualityError if there is nothing to judge by, or something the model cannot read."""
+    import torch
+
     if not found.texts:
         raise QualityError(f"{found.name} has no texts to be judged by")
     vocabulary = _vocabulary(found.model)

@@ -32,7 +32,7 @@ def progress(first: str) -> Iterator[Callable[[str], None]]:
         told: set[str] = set()
 
         def tell(what: str) -> None:
-            kind = what.split(",")[0]
+            kind = what.split(", ")[0]
             if kind not in told:
                 told.add(kind)
                 console.print(f"{kind} ...", highlight=False)

@@ -31,10 +31,15 @@ def as_page(report: Report) -> str:
     body = [_header(report)]
     for number, graph in enumerate(report.graphs, start=1):
         body += _graph(graph, number, len(report.graphs))
+    return whole_page("effopt report", body)
+
+
+def whole_page(title: str, body: Iterable[str]) -> str:
+    """A page of parts that are HTML already."""
     template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     versions = f"effopt {effopt_version()}, torch {torch.__version__}."
     return template.substitute(
-        title="effopt report",
+        title=escape(title),
         body="\n".join(body),
         footer=f"{escape(versions)} Operations and bytes are predicted as if every op were one kernel.",
     )
