@@ -33,7 +33,7 @@ class Options:
     """Replaces the exact pipeline."""
     disable: Sequence[str] = ()
     plans: Any = ()
-    """A plan of `effopt.calibrate`, or several: their passes run, and decide as they say."""
+    """A plan of `effopt.calibrate` or `effopt.tune`, or several: their passes run, and decide as they say."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
     """Configuration entries handed to Inductor."""
     verify: str = "first"
