@@ -163,7 +163,8 @@ def as_markdown(result: Tradeoff) -> str:
     """The two tables, the notes and the conditions, for a document."""
     parts = []
     for headings, rows in (quality_cells(result), cost_cells(result)):
-        lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *rows]
+        named = [[f"`{name}`", *cells] for name, *cells in rows]
+        lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *named]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     parts += [f"- `{name}`: {note}" for name, note in notes(result)]
     return "\n\n".join([*parts, conditions(result)])
