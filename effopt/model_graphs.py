@@ -14,6 +14,7 @@ from effopt.errors import EffoptError
 from effopt.graph.capture import Captured, capture, copy_graph
 from effopt.graph.restore import restore
 from effopt.graph.weights import DerivedWeights
+from effopt.graph.weights import Entry as Constant
 from effopt.passes.base import Context, Pass
 from effopt.passes.plan import Plans
 from effopt.target import target_of_inputs
@@ -40,12 +41,12 @@ def transformed(
     module: GraphModule, inputs: Sequence[Any], pipeline: Sequence[Pass], plans: Plans
 ) -> GraphModule:
     """The graph that Dynamo gave, after `pipeline`, runnable as it stands."""
-    return CapturedGraph(module, inputs).form(pipeline, plans).runnable()
+    return CapturedGraph.of(module, inputs).form(pipeline, plans).runnable()
 
 
 @dataclass
 class GraphForm:
-    """A graph after some passes. Edited no more; `runnable` takes it to its last form."""
+    """A graph after some passes, until `runnable` takes it to its last form."""
 
     captured: Captured
     weights: DerivedWeights
@@ -57,26 +58,25 @@ class GraphForm:
         return restore(self.captured, runs_eagerly=True)
 
 
+@dataclass(frozen=True)
 class CapturedGraph:
-    """A graph of a model in normal form, after the passes that all its forms begin with."""
+    """A graph of a model in normal form, from which any number of forms are made."""
 
-    def __init__(
-        self,
-        module: GraphModule,
-        inputs: Sequence[Any],
-        prefix: Sequence[Pass] = (),
-        plans: Plans | None = None,
-    ) -> None:
-        self.inputs = inputs
-        self.captured = capture(module, inputs)
-        self.weights = DerivedWeights(inputs)
-        context = self._context(self.weights, plans or Plans())
-        for pass_ in prefix:
-            pass_.apply(self.captured.module, context)
+    captured: Captured
+    inputs: Sequence[Any]
+    """Those of the call that it was captured for, parameters included."""
+    entries: Sequence[Constant] = ()
+    """Its derived constants, if passes were applied to it."""
 
-    def _context(self, weights: DerivedWeights, plans: Plans) -> Context:
-        target = target_of_inputs(self.inputs)
-        return Context(target, self.captured.training, lambda *_: None, weights, plans)
+    @staticmethod
+    def of(module: GraphModule, inputs: Sequence[Any]) -> CapturedGraph:
+        """The graph that Dynamo gave. Raises CaptureRefused."""
+        return CapturedGraph(capture(module, inputs), inputs)
+
+    def after(self, passes: Sequence[Pass], plans: Plans) -> CapturedGraph:
+        """The graph after passes that many forms begin with."""
+        form = self.form(passes, plans)
+        return CapturedGraph(form.captured, self.inputs, form.weights.entries)
 
     def form(self, pipeline: Sequence[Pass], plans: Plans) -> GraphForm:
         """A copy after `pipeline`."""
@@ -91,8 +91,10 @@ class CapturedGraph:
         module = GraphModule(original, copy_graph(original.graph))
         module.meta.update(original.meta)
         module.graph.output_node().meta.update(original.graph.output_node().meta)
-        weights = DerivedWeights(self.inputs, list(self.weights.entries))
-        return GraphForm(replace(self.captured, module=module), weights, self._context(weights, plans))
+        weights = DerivedWeights(self.inputs, list(self.entries))
+        target = target_of_inputs(self.inputs)
+        context = Context(target, self.captured.training, lambda *_: None, weights, plans)
+        return GraphForm(replace(self.captured, module=module), weights, context)
 
 
 @dataclass(eq=False)
@@ -104,10 +106,6 @@ class ModelGraphs:
     """
 
     model: Callable[..., Any]
-    prefix: Sequence[Pass] = ()
-    """Passes that all forms begin with."""
-    plans: Plans = field(default_factory=Plans)
-    """What the prefix is run under."""
     graphs: list[CapturedGraph] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -117,7 +115,7 @@ class ModelGraphs:
 
     def _capture(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            self.graphs.append(CapturedGraph(module, inputs, self.prefix, self.plans))
+            self.graphs.append(CapturedGraph.of(module, inputs))
         except EffoptError as error:  # Dynamo would wrap it in an error of its own
             self._failure = error
             return module.forward

@@ -46,8 +46,9 @@ class Candidate:
     """The graphs of a model under one set of decisions, each made when it is first needed."""
 
     graphs: ModelGraphs
+    begin: Callable[[int], CapturedGraph]
+    """Position of a graph -> what is transformed."""
     pipeline: Sequence[Pass]
-    """What comes after the prefix of `graphs`."""
     plans: Plans
     """As they are before a graph; each graph gets its own copy."""
     registry: Registry
@@ -58,8 +59,7 @@ class Candidate:
     def form(self, index: int) -> GraphForm:
         """One graph, transformed."""
         if index not in self.forms:
-            graph: CapturedGraph = self.graphs.graphs[index]
-            form = graph.form(self.pipeline, replace(self.plans, decided=[]))
+            form = self.begin(index).form(self.pipeline, replace(self.plans, decided=[]))
             form.captured.module.graph.eliminate_dead_code()
             counted = roofline(form.captured.module.graph, self.registry.ops)
             seconds = counted.seconds(form.context.target)
@@ -130,8 +130,15 @@ class Subject:
         names = {base.name for base in bases}
         pipeline = pipelines.build(registry, passes=list(bases))
         first = next(i for i, pass_ in enumerate(pipeline) if pass_.name in names)
-        self.rest = pipeline[first:]
-        self.graphs = ModelGraphs(model, pipeline[:first])
+        self.prefix, self.rest = pipeline[:first], pipeline[first:]
+        self.graphs = ModelGraphs(model)
+        self._begun: dict[int, CapturedGraph] = {}
+
+    def begin(self, index: int) -> CapturedGraph:
+        """A graph after the exact passes that all candidates begin with."""
+        if index not in self._begun:
+            self._begun[index] = self.graphs.graphs[index].after(self.prefix, Plans())
+        return self._begun[index]
 
     def candidate(
         self, choices: Sequence[Choice], scores: Mapping[str, Mapping[str, float]] | None = None
@@ -142,13 +149,13 @@ class Subject:
             name, path = choice.site
             asked.setdefault(name, {})[path] = choice.decision
         plans = Plans(asked=asked, scores=scores or {})
-        return Candidate(self.graphs, self.rest, plans, self.registry)
+        return Candidate(self.graphs, self.begin, self.rest, plans, self.registry)
 
     def planned(self, plan: Plan) -> Candidate:
-        """The model as `options={"plans": plan}` makes it, captured anew."""
+        """The model as `options={"plans": plan}` makes it: through its own pipeline, from the start."""
         pipeline = pipelines.build(self.registry, plans=(plan,))
         plans = Plans((plan,), pipeline=pipelines.text_of(pipeline))
-        return Candidate(ModelGraphs(self.graphs.model), pipeline, plans, self.registry)
+        return Candidate(self.graphs, self.graphs.graphs.__getitem__, pipeline, plans, self.registry)
 
 
 def plan_of(base: Candidate, chosen: Candidate) -> Plan:

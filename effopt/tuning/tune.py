@@ -69,6 +69,7 @@ def tune(
         raise unknown("objective", str(objective), OBJECTIVES)
     registry = build_registry(tuple(plugins))
     alternatives = _alternatives(passes, registry)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     if getattr(model, "training", False):
         raise QualityError("the model is in training mode, where dropout makes chance of it: call .eval()")
     device = (
@@ -80,8 +81,7 @@ def tune(
     try:
         return tuning.run(alternatives)
     finally:
-        # Dynamo keeps what it compiled, and with it these graphs.
-        tuning.subject.graphs.graphs.clear()
+        tuning.subject.graphs.graphs.clear()  # Dynamo keeps what it compiled, and with it these
 
 
 def _alternatives(passes: Any, registry: Registry) -> dict[str, list[PlannedPass]]:
@@ -154,8 +154,8 @@ class _Tuning:
     def _offers(self, alternatives: Mapping[str, Sequence[PlannedPass]]) -> list[tuple[str, str, Any]]:
         """(pass name, path, decision) of all that may be done, in the order of the passes."""
         offers: dict[tuple[str, str, str], tuple[str, str, Any]] = {}
-        for graph in self.subject.graphs.graphs:
-            form = graph.begin(self.subject.candidate(()).plans)
+        for index in range(len(self.subject.graphs.graphs)):
+            form = self.subject.begin(index).begin(self.subject.candidate(()).plans)
             for pass_ in self.subject.rest:
                 for given in alternatives.get(pass_.name, ()):
                     for path, decision in self._offered(given, form.captured.module, form.context):
@@ -217,7 +217,6 @@ class _Tuning:
                 plan = Plan(())
             else:
                 compressed, after = figures, planned.cost()
-            planned.graphs.graphs.clear()
         changed = {(s.name, e.path) for s in plan.sections for e in s.entries if e.decision is not None}
         total = base.cost().of(self.objective)
         tried = [self._tried(verdict, changed, total, broken) for verdict in found.verdicts]

@@ -38,7 +38,9 @@ def decisions(plan: effopt.Plan) -> dict[tuple[str, int], Any]:
 
 def compiled(model: nn.Module, plan: effopt.Plan, **options: Any) -> Any:
     torch._dynamo.reset()
-    return torch.compile(model, backend="effopt", options={"plans": plan, "lowering": "eager", **options})
+    return torch.compile(
+        model, backend="effopt", options={"plans": plan, "lowering": "eager", "verify": "off", **options}
+    )
 
 
 @pytest.mark.parametrize("limit", [1e-5, 1e-3, 0.01, 0.05, 0.3])
@@ -143,9 +145,9 @@ def figures(model: nn.Module, run: Any, calls: list[torch.Tensor]) -> dict[str, 
     [
         (2, "kl<=0.0005", None, {"quantize-weights"}),
         (
-            4,
+            3,
             "kl<=0.05",
-            ["skip-layers{layers=[1]}", "share-kv-across-layers", "quantize-weights{include=*.down_proj}"],
+            ["skip-layers{layers=[2]}", "share-kv-across-layers", "quantize-weights{include=*.down_proj}"],
             {"skip-layers", "share-kv-across-layers", "quantize-weights"},
         ),
     ],
@@ -163,25 +165,27 @@ def test_a_llama_runs_what_was_judged(layers: int, budget: str, specs: Any, chan
     assert figures(model, run, given[:2])["kl"] == want["calibration"]["kl"]
     assert figures(model, run, given[2:]) == pytest.approx(want["validation"], rel=1e-12)
 
-    # Token by token with a cache, and all tokens at once: the same choices.
-    model.forward = compiled(model.forward, again)
-    cache = effopt.cache_for(model, again) if layers == 4 else None
-    tokens = model.generate(ids(1, 5, 100), past_key_values=cache, max_new_tokens=4, do_sample=False)
-    with torch.no_grad():
-        assert torch.equal(model(tokens).logits[:, 4:-1].argmax(-1), tokens[:, 5:])
+    if layers == 3:  # token by token with a cache of what is left, and all tokens at once: the same choices
+        model.forward = compiled(model.forward, again)
+        cache = effopt.cache_for(model, again)
+        tokens = model.generate(ids(1, 5, 100), past_key_values=cache, max_new_tokens=4, do_sample=False)
+        with torch.no_grad():
+            assert torch.equal(model(tokens).logits[:, 4:-1].argmax(-1), tokens[:, 5:])
 
 
 def test_sites_of_skipped_layers_are_left_in_the_plan() -> None:
     """Everything fits: the linear layers of a skipped layer are gone, and the plan says that they stay."""
     model, _ = build("llama", num_hidden_layers=3)
-    plan = effopt.tune(model, batches(100), "kl<=50", ["skip-layers", "quantize-weights{include=*.mlp.*}"])
+    plan = effopt.tune(model, batches(100), "kl<=50", ["skip-layers", "quantize-weights{include=*.up_proj}"])
     skipped, quantised = plan.sections
     gone = [e.path for e in skipped.entries if e.decision]
     assert len(gone) == 2
     linear = [e for e in quantised.entries if e.kind.startswith("linear")]
     assert len(linear) == 3 * 7 + 1
     for entry in linear:
-        is_there = ".mlp." in entry.path and not any(entry.path.startswith(f"{path}.") for path in gone)
+        is_there = entry.path.endswith("up_proj") and not any(
+            entry.path.startswith(f"{path}.") for path in gone
+        )
         assert (entry.decision is not None) == is_there
     moot = [c for c in plan.report.reverted if "leaves nothing of it to change" in c.reason]
     assert {c.path for c in moot} >= {f"{path}.mlp.up_proj" for path in gone}
