@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effopt.backends.base import Lowering
-from effopt.backends.key_blocks import Block, Call, block_size, blocks_of, open_in, part
+from effopt.backends.key_blocks import Block, Call, allowed_in, block_size, blocks_of, open_in, part
 from effopt.graph import ops
 from effopt.graph.ops.attention import band_share, score_flops
 from effopt.graph.ops.base import Operands, hint
@@ -37,31 +37,33 @@ _GROUPS_SHARE = 0.5
 
 def _attend(call: Call, block: Block, q: Tensor, k: Tensor, v: Tensor, mean: Tensor) -> Tensor:
     """The rows of one block. `mean` is that of all values, for rows that see none by a finite fill."""
-    seen, bias = open_in(call, block), _bias_in(call, block)
+    bias = _bias_in(call, block)
+    stepwise = bool(call.softcap) or call.sinks is not None
+    kept = call.rows_see_key or call.sinks is not None
+    kept = kept or (call.zero_masked_rows and not math.isfinite(call.fill))
+    seen = None if kept and bias is None and not stepwise else open_in(call, block)
     if seen is not None and bias is not None:
         bias = torch.where(seen, bias, -math.inf)
-        seen = None
-    if call.softcap or call.sinks is not None:
+    if stepwise:
+        settings = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
+        mask = seen if bias is None else None
         out: Tensor = ops.attention.reference(
-            *(q, k, v),
-            scale=call.scale,
-            bias=bias,
-            mask=seen,
-            softcap=call.softcap,
-            sinks=call.sinks,
-            zero_masked_rows=True,
+            q, k, v, bias=bias, mask=mask, zero_masked_rows=True, **settings
         )
     else:
-        allowed = seen if bias is None else bias.to(torch.promote_types(bias.dtype, q.dtype))
-        while allowed is not None and allowed.dim() not in (2, 4):
-            allowed = allowed.unsqueeze(0)
+        allowed = allowed_in(call, block) if bias is None else _like(bias, q)
         grouped = k.shape[1] != q.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, allowed, scale=call.scale, enable_gqa=grouped)
     hiding = seen if bias is None else bias != -math.inf
-    kept = call.rows_see_key or call.sinks is not None
-    if hiding is None or kept or (call.zero_masked_rows and not math.isfinite(call.fill)):
+    if hiding is None or kept:
         return out
     return torch.where(hiding.any(-1, keepdim=True), out, mean)
+
+
+def _like(bias: Tensor, q: Tensor) -> Tensor:
+    """As the kernel takes it: 2 or 4 dimensions, in a dtype that holds the query's."""
+    bias = bias.to(torch.promote_types(bias.dtype, q.dtype))
+    return bias if bias.dim() == 4 else bias[(None,) * (4 - bias.dim())]
 
 
 def _bias_in(call: Call, block: Block) -> Tensor | None:
@@ -283,7 +285,8 @@ def _cost(target: Target, operands: Operands, result: Any) -> float:
     t = hint(query.shape[-2])
     low = -t if operands["low"] is None else hint(operands["low"])
     high = s if operands["high"] is None else hint(operands["high"])
-    size = block_size(t, low, min(high, 0) if operands["is_causal"] else high)
+    lanes = hint(query.shape[0]) * hint(query.shape[1])
+    size = block_size(t, low, min(high, 0) if operands["is_causal"] else high, lanes)
     share = min(1.0, band_share(operands) + size / max(s, 1))
     ids = operands["query_ids"]
     share *= 1.0 if ids is None else _GROUPS_SHARE

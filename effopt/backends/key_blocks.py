@@ -7,15 +7,19 @@ keys. Nothing about the values is taken on trust.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from effopt.graph.ops.attention import open_keys
 
 _LEAST, _MOST = 64, 256
-"""Queries in a block. Below, PyTorch's kernel has one tile a head; above, the edges of bands are wasted."""
+"""Queries in a block. Below, calls cost more than the edges of bands that they save; above, less."""
+_TILE = 32
+"""Queries that PyTorch's kernel gives to one thread, in blocks of this size."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Call:
     high: int
     zero_masked_rows: bool
     rows_see_key: bool
+    bands: dict[tuple[int, ...], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    """Masks of blocks that differ in nothing but their place: queries, keys, low, high."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Block:
 def blocks_of(call: Call) -> Iterator[Block]:
     """All blocks: every query of every batch entry is in one."""
     b, t, s = call.query.shape[0], call.query.shape[-2], call.key.shape[-2]
-    size = block_size(t, call.low, call.high)
+    size = block_size(t, call.low, call.high, b * call.query.shape[1])
     apart = any(x is not None and x.dim() == n and x.shape[0] > 1 for x, n in _per_entry(call))
     entries = [slice(i, i + 1) for i in range(b)] if apart else [slice(0, b)]
     for batch in entries:
@@ -65,10 +71,11 @@ def _per_entry(call: Call) -> list[tuple[Tensor | None, int]]:
     return [(call.mask, 4), (call.query_ids, 2), (call.key_ids, 2)]
 
 
-def block_size(t: int, low: int, high: int) -> int:
-    """Queries in a block: about half of what a row sees, so that a block computes at most half in vain."""
+def block_size(t: int, low: int, high: int, lanes: int) -> int:
+    """Queries in a block: an eighth of what a row sees, and enough for all threads over `lanes` heads."""
     width = min(t, high - low + 1)
-    return min(_MOST, max(_LEAST, 1 << (width // 2).bit_length()))
+    tiles = 2 * torch.get_num_threads() // max(lanes, 1)
+    return min(_MOST, max(_LEAST, 1 << (width // 16).bit_length(), _TILE * tiles))
 
 
 def _narrowed(call: Call, batch: slice, queries: slice, first: int, last: int) -> slice:
@@ -112,20 +119,39 @@ def part(x: Tensor, batch: slice, queries: slice, keys: slice) -> Tensor:
 
 def open_in(call: Call, block: Block) -> Tensor | None:
     """Which keys of a block its queries see, 2 or 4 dimensions; None if all do."""
+    band, rest = _band(call, block)[0], _besides_band(call, block)
+    seen = rest if band is None else band if rest is None else band & rest
+    return seen.unsqueeze(0) if seen is not None and seen.dim() == 3 else seen
+
+
+def allowed_in(call: Call, block: Block) -> Tensor | None:
+    """The same for a kernel: a band alone as numbers to add, which it would else make of it each time."""
+    return _band(call, block)[1] if _besides_band(call, block) is None else open_in(call, block)
+
+
+def _band(call: Call, block: Block) -> tuple[Tensor | None, Tensor | None]:
+    """The band of a block as truth values, and as 0 and -inf; None if it leaves all open."""
     t, s = block.queries.stop - block.queries.start, block.keys.stop - block.keys.start
     shift = block.keys.start - block.queries.start
-    low, high = call.low - shift, call.high - shift
-    seen = open_keys(
-        t,
-        s,
-        call.query.device,
-        low if low > 1 - t else None,
-        high if high < s - 1 else None,
-        None if call.query_ids is None else _ids(call.query_ids, block.batch, block.queries),
-        None if call.key_ids is None else _ids(call.key_ids, block.batch, block.keys),
-    )
+    low, high = max(call.low - shift, 1 - t), min(call.high - shift, s - 1)
+    key = (t, s, low, high)
+    if key not in call.bands:
+        bounds = (low if low > 1 - t else None, high if high < s - 1 else None)
+        seen = open_keys(t, s, call.query.device, *bounds)
+        added = None if seen is None else call.query.new_zeros(t, s).masked_fill(~seen, -math.inf)
+        call.bands[key] = seen, added
+    return call.bands[key]
+
+
+def _besides_band(call: Call, block: Block) -> Tensor | None:
+    seen: Tensor | None = None
+    if call.query_ids is not None and call.key_ids is not None:
+        rows = _ids(call.query_ids, block.batch, block.queries)
+        keys = _ids(call.key_ids, block.batch, block.keys)
+        if bool((rows != rows[0, 0]).any()) or bool((keys != rows[0, 0]).any()):
+            seen = open_keys(rows.shape[-1], keys.shape[-1], rows.device, query_ids=rows, key_ids=keys)
     if call.mask is not None:
         mask = part(call.mask, block.batch, block.queries, block.keys)
         mask = mask.expand(*(1,) * (2 - mask.dim()), *mask.shape) if mask.dim() < 2 else mask
         seen = mask if seen is None else seen & mask
-    return seen.unsqueeze(0) if seen is not None and seen.dim() == 3 else seen
+    return seen

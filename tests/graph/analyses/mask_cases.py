@@ -132,6 +132,7 @@ KINDS: dict[str, dict[str, Mask]] = {
     },
     "causal": {
         "tril": lambda b, t, s: torch.ones(t, s, dtype=torch.bool).tril(),
+        "tril of numbers": lambda b, t, s: torch.ones(t, s).tril().to(torch.bool),
         "compared": lambda b, t, s: positions(t, s)[1] <= positions(t, s)[0],
         "swapped": lambda b, t, s: positions(t, s)[0] >= positions(t, s)[1],
         "strict": lambda b, t, s: positions(t, s)[1] < positions(t, s)[0] + 1,

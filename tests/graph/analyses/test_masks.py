@@ -95,6 +95,12 @@ def rounded(b: int, t: int, s: int) -> Tensor:
     return torch.arange(s).half() <= torch.arange(t).half()[:, None]
 
 
+def cast_twice(b: int, t: int, s: int) -> Tensor:
+    """One half is 0 as an integer, and that is False."""
+    half = torch.full((t, s), 0.5).to(torch.int64).to(torch.bool)
+    return half | (positions(t, s)[1] <= positions(t, s)[0] - 2)
+
+
 _docs = torch.tensor([0, 0, 1, 1, 2, 2, 2])
 _at = torch.arange(7).expand(2, 7)
 ALIKE: dict[str, tuple[Mask, tuple[Tensor, ...], Callable[[Form], bool]]] = {
@@ -127,6 +133,16 @@ ALIKE: dict[str, tuple[Mask, tuple[Tensor, ...], Callable[[Form], bool]]] = {
         FOUND["causal"],
     ),
     "causal: bytes that wrap": (by_byte, (), FOUND["causal"]),
+    "causal: cast to nothing": (cast_twice, (), FOUND["causal"]),
+    "none: cast to nothing": (cast_twice, (), FOUND["none"]),
+    "causal: 300 as a byte": (
+        lambda b, t, s: (
+            torch.arange(s)[None, :]
+            <= torch.arange(t)[:, None] + torch.full((), 300).to(torch.uint8).to(torch.int64) - 300
+        ),
+        (),
+        FOUND["causal"],
+    ),
     "causal: half precision": (rounded, (), FOUND["causal"]),
     "causal: random": (lambda b, t, s: torch.rand(t, s) < 0.5, (), FOUND["causal"]),
     "causal: an index counted from the end": (

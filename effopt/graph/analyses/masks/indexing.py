@@ -25,7 +25,8 @@ def _index(r: Reads, node: Node, place: Place) -> Any:
     source, indices = arguments(node)
     given = [i for i, x in enumerate(indices) if x is not None]
     tensors = [indices[i] for i in given]
-    if any(val(x).dtype not in INTEGERS for x in tensors):
+    # Bytes select as truth values do.
+    if any(val(x).dtype not in INTEGERS - {torch.uint8} for x in tensors):
         raise Unread
     rank = max(len(shape_of(x)) for x in tensors)
     start = given[0] if given == list(range(given[0], given[-1] + 1)) else 0

@@ -16,14 +16,14 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.graph.analyses.masks import choices, indexing, rules
 from effopt.graph.analyses.masks import conditions as c
-from effopt.graph.analyses.masks import indexing, rules
 from effopt.graph.analyses.masks.moves import Place, aligned, scalar, source_of
 from effopt.graph.analyses.masks.rules import Unread, itself, number_of, pointwise
 from effopt.graph.analyses.masks.sums import Axis
 from effopt.graph.values import shape_of, val
 
-_RULES = {**rules.RULES, **indexing.RULES}
+_RULES = {**rules.RULES, **choices.RULES, **indexing.RULES}
 _MOST_STEPS = 2000
 """Reads of one mask; those of `transformers` take below 100."""
 
@@ -51,14 +51,14 @@ class Reader:
         return value
 
     def _read(self, node: Node, place: Place) -> Any:
+        moved = source_of(node, place)
+        if moved is not None:
+            return self.at(*moved)
         number = number_of(node)
         if number is not None:
             return number
         if node.op != "call_function":
             return itself(node, place)
-        moved = source_of(node, place)
-        if moved is not None:
-            return self.at(*moved)
         try:
             rule = _RULES.get(node.target)
             return (pointwise if rule is None else rule)(self, node, place)

@@ -29,6 +29,7 @@ from effopt.graph.constants import constant_number
 from effopt.graph.values import val
 
 _aten = torch.ops.aten
+_CASTS = {_aten._to_copy.default, _aten.to.dtype}
 INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 
 
@@ -55,10 +56,10 @@ def pointwise(r: Reads, node: Node, place: Place) -> Any:
         raise Unread
     if torch.Tag.nondeterministic_seeded in target.tags:
         raise Unread
-    return _opaque(node, target, *(r.operand(node, a, place) for a in arguments(node)))
+    return opaque(node, target, *(r.operand(node, a, place) for a in arguments(node)))
 
 
-def _opaque(node: Node, target: Any, *values: Any) -> Any:
+def opaque(node: Node, target: Any, *values: Any) -> Any:
     try:
         hash(values)
     except TypeError:
@@ -75,7 +76,9 @@ def itself(node: Node, place: Place) -> Any:
 
 
 def number_of(node: Node) -> Any:
-    """What a tensor is if it is one number throughout."""
+    """What a tensor is that is made of one number throughout. Casts have a rule: they may change it."""
+    if node.target in _CASTS:
+        return None
     number, dtype = constant_number(node), val(node).dtype
     if number is None:
         return None
@@ -149,24 +152,24 @@ def _mul(r: Reads, node: Node, place: Place) -> Any:
         by = b.number if b.number is not None else a.number
         if by is not None:
             return held(node, (a if b.number is not None else b) * by)
-    return _opaque(node, _aten.mul.Tensor, a, b)
+    return opaque(node, _aten.mul.Tensor, a, b)
 
 
 def _neg(r: Reads, node: Node, place: Place) -> Any:
     value = r.operand(node, arguments(node)[0], place)
-    return held(node, value * -1) if isinstance(value, Sum) else _opaque(node, node.target, value)
+    return held(node, value * -1) if isinstance(value, Sum) else opaque(node, node.target, value)
 
 
 def _abs(r: Reads, node: Node, place: Place) -> Any:
     value = r.operand(node, arguments(node)[0], place)
-    return held(node, magnitude(value)) if isinstance(value, Sum) else _opaque(node, node.target, value)
+    return held(node, magnitude(value)) if isinstance(value, Sum) else opaque(node, node.target, value)
 
 
 def _floor_divide(r: Reads, node: Node, place: Place) -> Any:
     a, b = (r.operand(node, x, place) for x in arguments(node)[:2])
     mode = node.kwargs.get("rounding_mode", "floor")
     if val(node).dtype not in INTEGERS or mode not in ("floor", "trunc"):
-        return _opaque(node, (node.target, mode), a, b)
+        return opaque(node, (node.target, mode), a, b)
     low = lowest(integer(a))
     if mode == "trunc" and (low is None or not statically_known_true(low >= 0)):
         raise Unread
@@ -179,7 +182,8 @@ def _floor_divide(r: Reads, node: Node, place: Place) -> Any:
 def _compared(r: Reads, node: Node, place: Place) -> tuple[Sum, Sum]:
     """Both operands, in a dtype that holds either: a scalar is cast to that of the tensor, and may wrap."""
     a, b = (integer(r.operand(node, x, place)) for x in arguments(node)[:2])
-    dtype = torch.result_type(*(val(x) for x in arguments(node)[:2]))
+    one, other = (x if isinstance(x, torch.Tensor) else 0 for x in map(val, arguments(node)[:2]))
+    dtype = torch.result_type(one, other)
     for value in (a, b):
         _fits(value, dtype)
     return a, b
@@ -192,7 +196,7 @@ def _compare(build: Callable[[Sum, Sum], c.Condition]) -> Rule:
     return rule
 
 
-def _conditions(r: Reads, node: Node, place: Place) -> list[c.Condition]:
+def truths(r: Reads, node: Node, place: Place) -> list[c.Condition]:
     operands = [a for a in arguments(node) if isinstance(a, Node)]
     if any(val(a).dtype != torch.bool for a in operands) or len(operands) != len(arguments(node)):
         raise Unread
@@ -200,99 +204,30 @@ def _conditions(r: Reads, node: Node, place: Place) -> list[c.Condition]:
 
 
 def _and(r: Reads, node: Node, place: Place) -> Any:
-    return c.every(*_conditions(r, node, place))
+    return c.every(*truths(r, node, place))
 
 
-def _or(r: Reads, node: Node, place: Place) -> Any:
-    return c.some(*_conditions(r, node, place))
-
-
-def _not(r: Reads, node: Node, place: Place) -> Any:
-    return c.negated(*_conditions(r, node, place))
-
-
-def _where(r: Reads, node: Node, place: Place) -> Any:
-    chosen, yes, no = (r.operand(node, a, place) for a in arguments(node)[:3])
-    return _choice(node, chosen, yes, no)
-
-
-def _masked_fill(r: Reads, node: Node, place: Place) -> Any:
-    no, chosen, yes = (r.operand(node, a, place) for a in arguments(node)[:3])
-    return _choice(node, chosen, yes, no)
-
-
-def _choice(node: Node, chosen: Any, yes: Any, no: Any) -> Any:
-    if chosen in (c.TRUE, c.FALSE):
-        return _typed(node, yes if chosen == c.TRUE else no)
-    if val(node).dtype == torch.bool:
-        yes, no = _typed(node, yes), _typed(node, no)
-        return c.some(c.every(chosen, yes), c.every(c.negated(chosen), no))
-    return _opaque(node, _aten.where.self, chosen, yes, no)
-
-
-def _typed(node: Node, value: Any) -> Any:
-    """A scalar operand as a value of the node's dtype."""
-    if val(node).dtype == torch.bool and isinstance(value, (bool, Sum)):
-        number = value if isinstance(value, bool) else value.number
-        if number is None:
-            raise Unread
-        return c.TRUE if number else c.FALSE
-    return value
-
-
-def _triangle(r: Reads, node: Node, place: Place) -> Any:
-    diagonal = scalar(arguments(node)[1] if len(arguments(node)) > 1 else node.kwargs.get("diagonal", 0))
-    if diagonal is None:
-        raise Unread
-    ahead = place[-1] - place[-2] - diagonal
-    inside = c.at_most(ahead) if node.target is _aten.tril.default else c.at_most(ahead * -1)
-    zero: Any = c.FALSE if val(node).dtype == torch.bool else whole(0)
-    return _choice(node, inside, r.operand(node, arguments(node)[0], place), zero)
-
-
-def _copy(r: Reads, node: Node, place: Place) -> Any:
-    """A change of dtype."""
-    value, dtype = r.operand(node, arguments(node)[0], place), val(node).dtype
-    before = val(arguments(node)[0]).dtype
-    if dtype == before:
-        return value
-    if isinstance(value, Sum) and dtype == torch.bool:
-        return c.negated(c.equal(value))
-    if isinstance(value, Sum) and dtype in INTEGERS:
-        return held(node, value)
-    if dtype == torch.bool:
-        raise Unread
-    return _opaque(node, ("to", dtype), value)
-
-
-def _both(*overloads: str) -> list[Any]:
+def both(*overloads: str) -> list[Any]:
     return [getattr(getattr(_aten, name.split(".")[0]), name.split(".")[1]) for name in overloads]
 
 
 RULES: dict[Any, Rule] = {
-    **dict.fromkeys(_both("arange.default", "arange.start", "arange.start_step"), _arange),
-    **dict.fromkeys(_both("add.Tensor", "add.Scalar"), _add(1)),
-    **dict.fromkeys(_both("sub.Tensor", "sub.Scalar"), _add(-1)),
-    **dict.fromkeys(_both("rsub.Tensor", "rsub.Scalar"), _add(-1, turned=True)),
-    **dict.fromkeys(_both("mul.Tensor", "mul.Scalar"), _mul),
+    **dict.fromkeys(both("arange.default", "arange.start", "arange.start_step"), _arange),
+    **dict.fromkeys(both("add.Tensor", "add.Scalar"), _add(1)),
+    **dict.fromkeys(both("sub.Tensor", "sub.Scalar"), _add(-1)),
+    **dict.fromkeys(both("rsub.Tensor", "rsub.Scalar"), _add(-1, turned=True)),
+    **dict.fromkeys(both("mul.Tensor", "mul.Scalar"), _mul),
     _aten.neg.default: _neg,
     _aten.abs.default: _abs,
     **dict.fromkeys(
-        _both("floor_divide.default", "floor_divide.Scalar", "div.Tensor_mode", "div.Scalar_mode"),
+        both("floor_divide.default", "floor_divide.Scalar", "div.Tensor_mode", "div.Scalar_mode"),
         _floor_divide,
     ),
-    **dict.fromkeys(_both("le.Tensor", "le.Scalar"), _compare(lambda a, b: c.at_most(a - b))),
-    **dict.fromkeys(_both("lt.Tensor", "lt.Scalar"), _compare(lambda a, b: c.at_most(a - b + 1))),
-    **dict.fromkeys(_both("ge.Tensor", "ge.Scalar"), _compare(lambda a, b: c.at_most(b - a))),
-    **dict.fromkeys(_both("gt.Tensor", "gt.Scalar"), _compare(lambda a, b: c.at_most(b - a + 1))),
-    **dict.fromkeys(_both("eq.Tensor", "eq.Scalar"), _compare(lambda a, b: c.equal(a - b))),
-    **dict.fromkeys(_both("ne.Tensor", "ne.Scalar"), _compare(lambda a, b: c.negated(c.equal(a - b)))),
-    **dict.fromkeys(_both("bitwise_and.Tensor", "logical_and.default", "__and__.Tensor"), _and),
-    **dict.fromkeys(_both("bitwise_or.Tensor", "logical_or.default", "__or__.Tensor"), _or),
-    **dict.fromkeys(_both("bitwise_not.default", "logical_not.default"), _not),
-    **dict.fromkeys(_both("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar"), _where),
-    **dict.fromkeys(_both("masked_fill.Scalar", "masked_fill.Tensor"), _masked_fill),
-    **dict.fromkeys(_both("tril.default", "triu.default"), _triangle),
-    _aten._to_copy.default: _copy,
-    _aten.to.dtype: _copy,
+    **dict.fromkeys(both("le.Tensor", "le.Scalar"), _compare(lambda a, b: c.at_most(a - b))),
+    **dict.fromkeys(both("lt.Tensor", "lt.Scalar"), _compare(lambda a, b: c.at_most(a - b + 1))),
+    **dict.fromkeys(both("ge.Tensor", "ge.Scalar"), _compare(lambda a, b: c.at_most(b - a))),
+    **dict.fromkeys(both("gt.Tensor", "gt.Scalar"), _compare(lambda a, b: c.at_most(b - a + 1))),
+    **dict.fromkeys(both("eq.Tensor", "eq.Scalar"), _compare(lambda a, b: c.equal(a - b))),
+    **dict.fromkeys(both("ne.Tensor", "ne.Scalar"), _compare(lambda a, b: c.negated(c.equal(a - b)))),
+    **dict.fromkeys(both("bitwise_and.Tensor", "logical_and.default", "__and__.Tensor"), _and),
 }

@@ -15,7 +15,6 @@ from torch.fx import Node
 from effopt.graph.analyses.masks.moves import Place, arguments
 from effopt.graph.analyses.masks.reading import Reader
 from effopt.graph.analyses.masks.sums import Axis, Element, Sum, of, whole
-from effopt.graph.constants import constant_number
 from effopt.graph.values import shape_of, val
 
 _aten = torch.ops.aten
@@ -45,9 +44,9 @@ def runs_of(query: Sum, key: Sum) -> list[Run]:
 def _positions(documents: Node) -> Node | None:
     starts = _operand(documents, _aten.cumsum.default, 1)
     change = None if starts is None else arguments(starts)[0]
-    if starts is None or starts.target not in (_aten.ne.Scalar, _aten.ne.Tensor):
+    if starts is None or starts.target is not _aten.ne.Scalar or arguments(starts)[1] != 1:
         return None
-    if constant_number(arguments(starts)[1]) != 1 or not isinstance(change, Node):
+    if not isinstance(change, Node):
         return None
     positions = _operand(change, _aten.diff.default, 2)
     n, before, after = (

@@ -1,0 +1,220 @@
+"""Time attention whose mask is known by its form against the same attention with the mask as a tensor.
+
+    python benchmarks/attention.py --json benchmarks/results/attention-cpu.json
+    python benchmarks/attention.py --write docs/attention.md --from benchmarks/results/attention-cpu.json
+
+Prefill, causal, windowed, chunked and packed (documents in a row, boundaries as values), t from 1k to 8k.
+Versions: `blocks`, the lowering that computes keys which blocks of queries reach; `sdpa, dense mask`, given
+the boolean mask ready made; `sdpa, is_causal`, for a causal mask; with `--flex`, FlexAttention compiled by
+Inductor with a block mask ready made. Versions are compared with the op's reference first (at 1k), and then
+run in turn; a time is the median of the rounds. On a CPU that is the processor time of the calling thread,
+with one thread, so that other work on the machine moves it little. `computed` is the share of all
+(query, key) pairs that lie in blocks, `open` the share that the mask leaves: no version does with less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effopt.backends.block_attention import block_attention
+from effopt.backends.key_blocks import Call, blocks_of
+from effopt.bench import machine
+from effopt.graph import ops
+from effopt.graph.ops.attention import open_keys
+
+SIZES = (1024, 2048, 4096, 8192)
+HEAD_SIZES = (64, 128)
+HEADS, KV_HEADS = 8, 8
+KINDS = ("causal", "window 256", "window 1024", "chunks 512", "documents 512")
+START, END = "<!-- written by benchmarks/attention.py -->", "<!-- end -->"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One version of one attention."""
+
+    kind: str
+    t: int
+    d: int
+    version: str
+    milliseconds: float
+    ratio: float
+    """How many times as fast as SDPA with a dense mask."""
+    computed: float
+    open: float
+
+
+def facts(kind: str, t: int, device: torch.device) -> dict[str, Any]:
+    """What the op is told of a mask."""
+    name, _, number = kind.partition(" ")
+    if name == "causal":
+        return {"high": 0}
+    if name == "window":
+        return {"low": 1 - int(number), "high": 0}
+    if name == "chunks":
+        ids = torch.arange(t, device=device) // int(number)
+    else:
+        lengths = torch.randint(1, 2 * int(number), (t,), generator=torch.Generator().manual_seed(0))
+        ids = torch.repeat_interleave(torch.arange(t), lengths)[:t].to(device)
+    return {"high": 0, "query_ids": ids[None], "key_ids": ids[None]}
+
+
+def shares(q: Tensor, k: Tensor, told: dict[str, Any], mask: Tensor) -> tuple[float, float]:
+    """Shares of all pairs: those in blocks, and those that the mask leaves open."""
+    given = {
+        "low": -q.shape[-2],
+        "query_ids": None,
+        "key_ids": None,
+        "bias": None,
+        "mask": None,
+        "sinks": None,
+    }
+    settings = {"scale": 1.0, "fill": 0.0, "softcap": 0.0, "zero_masked_rows": False, "rows_see_key": True}
+    call = Call(q, k, k, **(given | settings | told))
+    spans = [(b.queries.stop - b.queries.start) * (b.keys.stop - b.keys.start) for b in blocks_of(call)]
+    return sum(spans) / mask.numel(), float(mask.float().mean())
+
+
+def versions(
+    kind: str, operands: tuple[Tensor, Tensor, Tensor], told: dict[str, Any], mask: Tensor, flex: bool
+) -> dict[str, Callable[[], Tensor]]:
+    """By name, the baseline first."""
+    q, k, v = operands
+    scale = q.shape[-1] ** -0.5
+    found: dict[str, Callable[[], Tensor]] = {
+        "sdpa, dense mask": lambda: F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    }
+    if q.device.type == "cpu":
+        found["blocks"] = lambda: block_attention(q, k, v, scale=scale, rows_see_key=True, **told)
+    if kind == "causal":
+        found["sdpa, is_causal"] = lambda: F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale
+        )
+    if flex:
+        found["flex"] = compiled_flex(operands, mask.reshape(mask.shape[-2:]), scale)
+    return found
+
+
+def compiled_flex(
+    operands: tuple[Tensor, Tensor, Tensor], mask: Tensor, scale: float
+) -> Callable[[], Tensor]:
+    """FlexAttention with the block mask of a tensor, both made before it is timed."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    t, s = mask.shape
+    is_open = lambda b, h, i, j: mask[i, j]  # noqa: E731
+    blocks = create_block_mask(is_open, None, None, t, s, device=str(mask.device))
+    run = torch.compile(flex_attention, dynamic=False)
+    return lambda: run(*operands, block_mask=blocks, scale=scale)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of this thread on a CPU, of the device otherwise."""
+    if device.type == "cpu":
+        return time.thread_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure(
+    kind: str, t: int, d: int, device: torch.device, rounds: int, flex: bool
+) -> Iterator[Measurement]:
+    """All versions of one attention, in turn."""
+    shapes = ((1, HEADS, t, d), (1, KV_HEADS, t, d), (1, KV_HEADS, t, d))
+    q, k, v = (torch.randn(shape, device=device) for shape in shapes)
+    told = facts(kind, t, device)
+    mask = open_keys(t, t, device, **told)
+    assert mask is not None
+    computed, left = shares(q, k, told, mask)
+    calls = versions(kind, (q, k, v), told, mask, flex)
+    if t == SIZES[0]:
+        wanted = ops.attention.reference(q, k, v, scale=d**-0.5, **told)
+        for call in calls.values():
+            torch.testing.assert_close(call(), wanted, rtol=1e-4, atol=1e-4)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = clock(device)
+            call()
+            times[name].append(clock(device) - start)
+    medians = {name: statistics.median(found[1:]) for name, found in times.items()}
+    base = medians["sdpa, dense mask"]
+    for name, seconds in medians.items():
+        share = computed if name == "blocks" else (0.5 if name == "sdpa, is_causal" else 1.0)
+        yield Measurement(
+            kind, t, d, name, 1e3 * seconds, base / seconds, share if name != "flex" else left, left
+        )
+
+
+def table(measurements: list[dict[str, Any]], about: str) -> str:
+    """As Markdown."""
+    head = "| mask | t | d | version | ms | times as fast | computed | open |\n"
+    head += "|---|--:|--:|---|--:|--:|--:|--:|\n"
+    rows = [
+        f"| {m['kind']} | {m['t']} | {m['d']} | {m['version']} | {m['milliseconds']:.1f} | {m['ratio']:.2f} |"
+        f" {m['computed']:.3f} | {m['open']:.3f} |"
+        for m in measurements
+    ]
+    return f"{about}\n\n{head}" + "\n".join(rows)
+
+
+def write(page: Path, text: str) -> None:
+    """Put the table between the marks of a page."""
+    before, _, rest = page.read_text("utf-8").partition(START)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"{page} has no section between {START} and {END}")
+    page.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--head-sizes", type=int, nargs="+", default=HEAD_SIZES)
+    parser.add_argument("--kinds", nargs="+", default=KINDS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--flex", action="store_true", help="FlexAttention too; compiles once a row")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--from", type=Path, dest="source", help="take the numbers of an earlier --json")
+    parser.add_argument("--write", type=Path, help="a page whose table is replaced")
+    arguments = parser.parse_args()
+    if arguments.source:
+        found = json.loads(arguments.source.read_text("utf-8"))
+    else:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        device, done = torch.device(arguments.device), []
+        with torch.no_grad():
+            for kind in arguments.kinds:
+                for t in arguments.sizes:
+                    for d in arguments.head_sizes:
+                        made = measure(kind, t, d, device, arguments.rounds, arguments.flex)
+                        done += [asdict(m) for m in made]
+        found = {"machine": machine(), "heads": HEADS, "rounds": arguments.rounds, "measurements": done}
+    about = (
+        f"{found['machine']}; float32, batch 1, {found['heads']} heads, median of {found['rounds']} rounds."
+    )
+    text = table(found["measurements"], about)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if arguments.write:
+        write(arguments.write, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Choices, triangles and changes of dtype: the rules of conditions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from effopt.graph.analyses.masks import conditions as c
+from effopt.graph.analyses.masks.moves import Place, arguments, scalar
+from effopt.graph.analyses.masks.rules import INTEGERS, Reads, Rule, Unread, both, held, opaque, truths
+from effopt.graph.analyses.masks.sums import Opaque, Sum, whole
+from effopt.graph.values import val
+
+_aten = torch.ops.aten
+
+
+def _or(r: Reads, node: Node, place: Place) -> Any:
+    return c.some(*truths(r, node, place))
+
+
+def _not(r: Reads, node: Node, place: Place) -> Any:
+    return c.negated(*truths(r, node, place))
+
+
+def _where(r: Reads, node: Node, place: Place) -> Any:
+    chosen, yes, no = (r.operand(node, a, place) for a in arguments(node)[:3])
+    return _choice(node, chosen, yes, no)
+
+
+def _masked_fill(r: Reads, node: Node, place: Place) -> Any:
+    no, chosen, yes = (r.operand(node, a, place) for a in arguments(node)[:3])
+    return _choice(node, chosen, yes, no)
+
+
+def _choice(node: Node, chosen: Any, yes: Any, no: Any) -> Any:
+    if not isinstance(chosen, (c.AtMost, c.Equal, c.Given, c.Not, c.All, c.Some)):
+        raise Unread
+    if chosen in (c.TRUE, c.FALSE):
+        return _typed(node, yes if chosen == c.TRUE else no)
+    if val(node).dtype == torch.bool:
+        yes, no = _typed(node, yes), _typed(node, no)
+        return c.some(c.every(chosen, yes), c.every(c.negated(chosen), no))
+    return opaque(node, _aten.where.self, chosen, yes, no)
+
+
+def _typed(node: Node, value: Any) -> Any:
+    """A scalar operand as a value of the node's dtype."""
+    if val(node).dtype == torch.bool and isinstance(value, (bool, Sum)):
+        number = value if isinstance(value, bool) else value.number
+        if number is None:
+            raise Unread
+        return c.TRUE if number else c.FALSE
+    return value
+
+
+def _triangle(r: Reads, node: Node, place: Place) -> Any:
+    diagonal = scalar(arguments(node)[1] if len(arguments(node)) > 1 else node.kwargs.get("diagonal", 0))
+    if diagonal is None:
+        raise Unread
+    ahead = place[-1] - place[-2] - diagonal
+    inside = c.at_most(ahead) if node.target is _aten.tril.default else c.at_most(ahead * -1)
+    zero: Any = c.FALSE if val(node).dtype == torch.bool else whole(0)
+    return _choice(node, inside, r.operand(node, arguments(node)[0], place), zero)
+
+
+def _copy(r: Reads, node: Node, place: Place) -> Any:
+    """A change of dtype."""
+    value, dtype = r.operand(node, arguments(node)[0], place), val(node).dtype
+    before = val(arguments(node)[0]).dtype
+    return value if dtype == before else _cast(node, value, dtype)
+
+
+def _cast(node: Node, value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, float):
+        number = torch.tensor(value, dtype=torch.float64).to(dtype).item()
+        if dtype == torch.bool:
+            return c.TRUE if number else c.FALSE
+        if dtype in INTEGERS and number != value:
+            raise Unread
+        return whole(int(number)) if dtype in INTEGERS else float(number)
+    if isinstance(value, Opaque) and value.target is _aten.where.self and dtype == torch.bool:
+        when, *sides = value.of
+        numbers = [x.number if isinstance(x, Sum) else x for x in sides]
+        yes, no = (_cast(node, float(x), dtype) if isinstance(x, (int, float)) else None for x in numbers)
+        if yes is None or no is None:
+            raise Unread
+        return _choice(node, when, yes, no)
+    if isinstance(value, Sum) and dtype == torch.bool:
+        return c.negated(c.equal(value))
+    if isinstance(value, Sum) and dtype in INTEGERS:
+        return held(node, value)
+    if dtype == torch.bool:
+        raise Unread
+    return opaque(node, ("to", dtype), value)
+
+
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys(both("bitwise_or.Tensor", "logical_or.default", "__or__.Tensor"), _or),
+    **dict.fromkeys(both("bitwise_not.default", "logical_not.default"), _not),
+    **dict.fromkeys(both("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar"), _where),
+    **dict.fromkeys(both("masked_fill.Scalar", "masked_fill.Tensor"), _masked_fill),
+    **dict.fromkeys(both("tril.default", "triu.default"), _triangle),
+    _aten._to_copy.default: _copy,
+    _aten.to.dtype: _copy,
+}
