@@ -97,7 +97,12 @@ class SitePass(PlannedPass):
 
 def _decisions(section: Section, found: Sequence[Site]) -> Mapping[str, Any]:
     """Path -> decision, for the sites of one graph. Raises PlanError with the first difference."""
-    known = {entry.path: entry for entry in section.entries}
+    known: dict[str, Entry] = {}
+    for (
+        entry
+    ) in section.entries:  # a site that is left in one graph, for it is dead there, may change in another
+        if entry.path not in known or known[entry.path].decision is None:
+            known[entry.path] = entry
     begin = f"the plan of {section.spec} does not fit this model"
     for site in found:
         if site.path not in known:

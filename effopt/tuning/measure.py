@@ -87,14 +87,14 @@ class Split:
     """Batches, and what the uncompressed model says of them."""
 
     def __init__(self, model: Callable[..., Any], batches: Sequence[Batch]) -> None:
-        self.batches = batches
+        self.batches, self.runs = batches, 0
         self.wanted: list[Tensor] = []
         with torch.no_grad():
             for batch in batches:
                 args, kwargs = as_call(batch.call)
                 logits = logits_of("model", model(*args, **kwargs), batch.tokens)
-                if not bool(logits.isfinite().all()):
-                    raise QualityError("the uncompressed model gives logits that are not finite")
+                if bool(logits.isnan().any()):
+                    raise QualityError("the uncompressed model gives logits that are NaN")
                 self.wanted.append(logits)
 
     def figures(self, candidate: Candidate) -> dict[str, float]:
@@ -103,6 +103,7 @@ class Split:
         Raises:
             Infeasible: a graph that cannot carry out what was decided.
         """
+        self.runs += 1
         sums = torch.zeros(3, dtype=torch.float64)
         for batch, wanted in zip(self.batches, self.wanted, strict=True):
             try:

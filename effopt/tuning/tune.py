@@ -231,7 +231,7 @@ class _Tuning:
             (*tried, *self.useless),
             tuple(left),
             found.impossible,
-            found.measurements + len(self.alone),
+            self.seen.runs + self.unseen.runs,
         )
         return replace(plan, report=report)
 
