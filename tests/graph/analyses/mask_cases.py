@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from effopt.graph.analyses.masks import Band, Form, Groups, Keys, Length, Prefix, RowLimit, Rows
 from effopt.graph.analyses.masks import conditions as c
-from effopt.graph.analyses.masks.sums import Axis, Element, Magnitude, Quotient, Sum
+from effopt.graph.analyses.masks.sums import Axis, Element, Magnitude, Opaque, Quotient, Sum
 
 Mask = Callable[..., Tensor]
 """Mask of (b, t, s) and tensors."""
@@ -61,13 +61,13 @@ class Laid:
 
     def assert_is(self, form: Form) -> None:
         """The form, laid out, is the mask."""
-        got = self._all(form.terms)
+        got = self.all(form.terms)
         while got.dim() > self.value.dim():
             assert got.shape[0] == 1, got.shape
             got = got[0]
         torch.testing.assert_close(got.expand_as(self.value), self.value)
 
-    def _all(self, terms: Any) -> Tensor:
+    def all(self, terms: Any) -> Tensor:
         total = torch.ones((), dtype=torch.bool)
         for term in terms:
             total = total & self.term(term)
@@ -85,7 +85,7 @@ class Laid:
         if isinstance(term, RowLimit):
             return k <= self.sum(term.limit)
         if isinstance(term, Prefix):
-            return (k < self.sum(term.limit)) | self._all(term.otherwise)
+            return (k < self.sum(term.limit)) | self.all(term.otherwise)
         assert isinstance(term, (Keys, Rows)), term
         return self.condition(term.condition)
 
@@ -108,7 +108,7 @@ class Laid:
     def sum(self, s: Sum) -> Tensor:
         total = torch.tensor(s.constant)
         for atom, by in s.terms:
-            total = total + self.atom(atom) * by
+            total = total + self.atom(atom).to(torch.int64) * by
         return total
 
     def atom(self, atom: Any) -> Tensor:
@@ -119,8 +119,19 @@ class Laid:
             return found
         if isinstance(atom, Quotient):
             return self.sum(atom.of) // atom.by
-        assert isinstance(atom, Magnitude), atom
-        return self.sum(atom.of).abs()
+        if isinstance(atom, Magnitude):
+            return self.sum(atom.of).abs()
+        assert isinstance(atom, Opaque), atom
+        given = [self.value_of(x) for x in atom.of]
+        return given[0].to(atom.target[1]) if isinstance(atom.target, tuple) else atom.target(*given)
+
+    def value_of(self, value: Any) -> Any:
+        """Of anything that is read."""
+        if isinstance(value, (c.AtMost, c.Equal, c.Given, c.Not, c.All, c.Some)):
+            return self.condition(value)
+        if isinstance(value, Sum):
+            return self.sum(value)
+        return self.atom(value) if isinstance(value, (Element, Opaque)) else value
 
 
 _C = 3  # positions in a chunk
