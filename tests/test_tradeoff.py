@@ -20,6 +20,7 @@ from effopt.quality.evaluate import evaluate
 from effopt.quality.texts import Probe, Text, Tier
 from effopt.tradeoff import AXES, Decoding, Row, Tradeoff, Way, measure
 from effopt.tradeoff.contender import reader
+from effopt.tradeoff.reference import Reference
 from tests.models import eager_twin
 
 TIER = Tier(context=32, stride=16, rows=2, resamples=100)
@@ -238,6 +239,34 @@ def test_a_model_without_a_cache_is_judged_and_not_timed() -> None:
     assert quantized.weight_bytes is not None
     assert plain.weight_bytes is not None
     assert quantized.weight_bytes < plain.weight_bytes
+
+
+def test_a_plan_of_sites_is_a_row() -> None:
+    """As `effopt.tune` writes it."""
+    model = Bigram().eval()
+    batches = [text.tokens[None] for text in TEXTS]
+    plan = effopt.tune(model, batches, budget="kl<=10", passes=[INT8, INT4])
+    assert plan.sections[0].graphs
+    found = run(Way(plan=plan), INT4, model=model, probes=())
+    planned, asked = found.rows[1:]
+    assert planned.error is None
+    assert planned.applied == {"quantize-weights": 1}
+    assert planned.kl in (asked.kl, run(INT8, model=model, probes=()).rows[1].kl)
+    assert found.to_dict()["rows"][1]["plan"]["format"] == "effopt-plan/2"
+
+
+def test_the_reference_runs_once_for_each_window_that_it_may_keep() -> None:
+    model, seen = Bigram().eval(), []
+
+    def counting(tokens: Tensor) -> Tensor:
+        seen.append(tokens)
+        return model(tokens)
+
+    one, other = TEXTS[0].tokens[None, :8], TEXTS[1].tokens[None, :8]
+    reference = Reference(counting, limit_bytes=8 * 100 * 4)
+    for tokens in (one, other, one, other, one.view(2, 4)):
+        assert torch.equal(reference(tokens), model(tokens))
+    assert len(seen) == 4  # there was room for one window; the same tokens in two rows are another
 
 
 def test_windows_fit_the_context() -> None:

@@ -63,6 +63,8 @@ class Task:
     """What all ways are measured by."""
 
     model: nn.Module
+    reference: Callable[[Tensor], Any]
+    """The model, run eagerly."""
     texts: Sequence[Text]
     probes: Sequence[Probe]
     tier: Tier
@@ -115,7 +117,7 @@ class Contender:
             quality = evaluate(
                 reader(compiled, model),
                 task.texts,
-                reference=reader(task.model.forward, task.model),
+                reference=task.reference,
                 probes=task.probes,
                 tier=task.tier,
             )

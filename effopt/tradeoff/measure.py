@@ -19,7 +19,8 @@ from effopt.bench import machine
 from effopt.errors import QualityError
 from effopt.plugins.manager import build_registry
 from effopt.quality.texts import QUICK, Probe, Text, Tier
-from effopt.tradeoff.contender import Contender, Decoding, Task
+from effopt.tradeoff.contender import Contender, Decoding, Task, reader
+from effopt.tradeoff.reference import Reference
 from effopt.tradeoff.result import Tradeoff, Way
 
 
@@ -90,7 +91,8 @@ def _task(
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if context is not None and context < tier.context:
         tier = dataclasses.replace(tier, context=context, stride=min(tier.stride, max(1, context // 2)))
-    return Task(model, texts, probes, tier, decoding.within(context), calibration, lowering)
+    reference = Reference(reader(model.forward, model))
+    return Task(model, reference, texts, probes, tier, decoding.within(context), calibration, lowering)
 
 
 def _time(contenders: Sequence[Contender], how: Decoding, progress: Callable[[str], None]) -> None:

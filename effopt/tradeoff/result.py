@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class Row:
         return {
             "name": self.way.name,
             "passes": self.way.passes,
-            "plan": None if self.way.plan is None else str(self.way.plan),
+            "plan": None if self.way.plan is None else json.loads(self.way.plan.to_json()),
             "quality": None if self.quality is None else self.quality.to_dict(),
             **figures,
             "untouched": [dataclasses.asdict(left) for left in self.untouched],
