@@ -21,7 +21,7 @@ from effopt.graph.normalize import view_root
 from effopt.graph.rewrite import Reject, require
 from effopt.graph.values import MUTATED, is_floating, shape_of
 
-SCORE_TERMS = ("mask", "bias", "is_causal", "softcap")
+SCORE_TERMS = ("mask", "bias", "is_causal", "softcap", "low", "high", "query_ids", "key_ids")
 """What must be the same of two attentions over the same keys: it says which keys a query sees."""
 
 
