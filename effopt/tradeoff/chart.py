@@ -81,6 +81,8 @@ def _draw(panel: Any, result: Tradeoff, axis: Axis, shown: Sequence[Row], linear
     points = sorted((cost / scale, row.kl) for row in on_front if (cost := axis.of(row)) is not None)
     steps = {"drawstyle": "steps-post", "linewidth": 1, "alpha": 0.6, "zorder": 0}
     panel.plot([x for x, _ in points], [y for _, y in points], "k--", **steps)
+    if all(axis.of(row) is None for row in shown):
+        panel.text(0.5, 0.5, "not measured", transform=panel.transAxes, ha="center")
     panel.set_xlim(0, 1.05 * panel.get_xlim()[1])
     panel.set_ylim(bottom=-linear_below / 2)
 

@@ -104,14 +104,16 @@ def conditions(result: Tradeoff) -> str:
     device = where["accelerator"] or f"{where['processor']}, {where['threads']} threads"
     judged = next((row.quality.texts for row in result.rows if row.quality is not None), ())
     tokens = sum(text.tokens for text in judged)
+    timed = f"greedy, measured, medians of {how['rounds']} interleaved rounds; speed-ups with quartiles"
+    if not any(row.decode_s for row in result.rows):
+        timed = "not measured"
     return (
         f"{result.settings['parameters'] / 1e6:.3g} M parameters, {result.settings['dtype']}, torch"
         f" {where['torch']} on {device}. Quality: {tokens} tokens of {len(judged)} texts in windows of"
         f" {tier['context']}, 95 % intervals over texts, against the uncompressed model run eagerly. Weights:"
         " all bytes that the model and its graphs hold."
         f" KV: one row of {how['cache_tokens']} tokens. A token: predicted, decoding with that cache."
-        f" Tokens/s: greedy, measured, medians of {how['rounds']} interleaved rounds; speed-ups with"
-        " quartiles."
+        f" Tokens/s: {timed}."
     )
 
 
