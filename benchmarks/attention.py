@@ -1,7 +1,7 @@
 """Time attention whose mask is known by its form against the same attention with the mask as a tensor.
 
     python benchmarks/attention.py --json benchmarks/results/attention-cpu.json
-    python benchmarks/attention.py --write docs/attention.md --from benchmarks/results/attention-cpu.json
+    python benchmarks/attention.py --write docs/attention.md --sizes 2048 8192 --head-sizes 64 --from FILE
 
 Prefill, causal, windowed, chunked and packed (documents in a row, boundaries as values), t from 1k to 8k.
 Versions: `blocks`, the lowering that computes keys which blocks of queries reach; `sdpa, dense mask`, given
@@ -194,6 +194,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.source:
         found = json.loads(arguments.source.read_text("utf-8"))
+        wanted = (arguments.kinds, arguments.sizes, arguments.head_sizes)
+        found["measurements"] = [
+            m
+            for m in found["measurements"]
+            if all(m[name] in allowed for name, allowed in zip(("kind", "t", "d"), wanted, strict=True))
+        ]
     else:
         torch.set_num_threads(1)
         torch.manual_seed(0)
