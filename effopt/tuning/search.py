@@ -4,7 +4,8 @@ A multiple-choice knapsack whose costs can only be measured: at most one choice 
 the budget kept. First each choice is measured alone. Then choices are taken greedily, by what they save more
 for each share of the budget that they use up more; a site may be upgraded to a stronger choice later. How
 many of them fit together is measured, by bisection, and each one that does not fit is reverted before later
-ones are tried. Last, the same on the validation split, of which nothing was known before.
+ones are tried. Then the same on the validation split, of which nothing was known before; where it reverts
+something, what had not fitted beside that is tried again, on both.
 
 What is returned was measured and keeps the budget on both splits. It is a local optimum where harm grows with
 each step: no choice that was reverted on the calibration split can be added to what was then accepted.
@@ -147,21 +148,30 @@ class _Search:
             self.shares[choice] = self.seen.share((choice,))
             if broken := self.seen.broken((choice,)):
                 self.reasons[choice] = f"alone, {broken}"
+        alone = set(self.reasons)
         steps = self._grow(self._greedy, self.seen.broken, self._expected_to_fit())
+        did_not_fit = set(self.reasons) - alone
         accepted = self._grow(
             lambda taken: [s for s in steps[_after(steps, taken) :] if s not in self.reasons],
-            lambda taken: self.unseen.broken(taken) or self.seen.broken(taken),
+            self._broken_anywhere,
             len(steps),
         )
+        if len(accepted) < len(steps):  # others may have the room of what was reverted
+            self.reasons = {choice: why for choice, why in self.reasons.items() if choice not in did_not_fit}
+            accepted = self._grow(self._greedy, self._broken_anywhere, 1, accepted)
         taken = together(accepted)
         verdicts = tuple(self._verdict(choice, taken) for choice in self.choices)
         return Found(tuple(taken), verdicts, "", self.seen.count + self.unseen.count)
+
+    def _broken_anywhere(self, taken: Sequence[Choice]) -> str:
+        return self.unseen.broken(taken) or self.seen.broken(taken)
 
     def _grow(
         self,
         order: Callable[[Sequence[Choice]], Sequence[Choice]],
         broken: Callable[[Sequence[Choice]], str],
         guess: int,
+        start: Sequence[Choice] = (),
     ) -> list[Choice]:
         """Steps in the order in which they are taken, each as long as nothing is broken.
 
@@ -169,8 +179,9 @@ class _Search:
             order: steps taken so far -> those to try next, the most promising first.
             broken: why the choices that the steps lead to do not hold, or an empty string.
             guess: how many of the first order may hold.
+            start: steps that were taken already.
         """
-        taken: list[Choice] = []
+        taken = list(start)
         while steps := order(taken):
             good, bad, length = 0, len(steps) + 1, max(1, min(guess, len(steps)))
             while bad - good > 1:

@@ -175,6 +175,15 @@ def test_validation_reverts_what_breaks_it_and_falls_back_to_the_weaker_choice()
     assert "validation" in reasons[("a", 3)]
 
 
+def test_the_room_of_what_validation_reverts_is_had_by_others() -> None:
+    choices, harms = of(("a", 9, 0.9), ("b", 1, 0.3), ("c", 1, 0.9))
+    unseen = dict(zip(choices, (1.5, 0.3, 0.2), strict=True))
+    reasons = run(choices, harms, unseen)
+    assert reasons[("b", 1)] == ""
+    assert "validation" in reasons[("a", 9)]
+    assert "calibration" in reasons[("c", 1)]
+
+
 def test_what_is_not_finite_or_cannot_be_run_is_reverted_with_the_reason() -> None:
     choices, _ = of(("a", 1, 0), ("b", 1, 0), ("c", 1, 0))
 
