@@ -211,9 +211,8 @@ def main() -> None:
                         made = measure(kind, t, d, device, arguments.rounds, arguments.flex)
                         done += [asdict(m) for m in made]
         found = {"machine": machine(), "heads": HEADS, "rounds": arguments.rounds, "measurements": done}
-    about = (
-        f"{found['machine']}; float32, batch 1, {found['heads']} heads, median of {found['rounds']} rounds."
-    )
+    about = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if value)
+    about += f"; float32, batch 1, {found['heads']} heads, median of {found['rounds']} rounds."
     text = table(found["measurements"], about)
     print(text)
     if arguments.json:
