@@ -2,10 +2,12 @@
 
     python benchmarks/kernels.py [op names]
 
-For each op, shape and pass (forward; forward and backward) it runs three versions: the kernel, the op's
-reference in eager PyTorch, and the reference compiled by Inductor. GB/s counts the fewest bytes that the
-pass must move, the same for all three, so a version that moves more shows less. Every version is compared
-with float64 before it is timed. Prints a table and writes benchmarks/results/<gpu>.json. Needs a GPU.
+For each op, shape and pass (forward; forward and backward where the kernel has one) it runs the kernel, the
+op's reference in eager PyTorch, the reference compiled by Inductor, and for attention the library's kernel
+where it takes the call. GB/s counts the fewest bytes that the pass must move, the same for all versions, so
+one that moves more shows less; TFLOP/s counts what a band leaves to compute, likewise. Every version is
+compared with float64 before it is timed. Prints a table and writes benchmarks/results/<gpu>.json.
+Needs a GPU. The kernels on integer weights have a benchmark of their own, benchmarks/quantized.py.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ import torch
 from torch import Tensor
 
 from effopt.backends.base import Lowering
+from effopt.backends.native import LOWERINGS as NATIVE
 from effopt.backends.triton import LOWERINGS
 from effopt.graph.ops import Sample
 from effopt.graph.ops.base import tensor_bytes
 from effopt.graph.tolerances import GRADIENT_FACTOR, TOLERANCES
+from effopt.target import target_of
 
 DTYPE = torch.bfloat16
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +46,7 @@ class Measurement:
     microseconds: float
     gigabytes_per_s: float
     fraction_of_copy: float
+    teraflops_per_s: float
 
 
 def random(*shape: int) -> Tensor:
@@ -79,9 +84,51 @@ def rope_calls(_: str) -> Iterator[tuple[str, Sample]]:
             yield name, Sample((x, angle.cos(), angle.sin()), {"interleaved": interleaved})
 
 
+def attention_calls(_: str) -> Iterator[tuple[str, Sample]]:
+    """Prefill and decode with grouped queries: plain, causal, windowed, soft-capped, with sinks, padded."""
+    for b, t, s, d in ((1, 4096, 4096, 128), (4, 2048, 2048, 64), (1, 1, 8192, 128), (16, 1, 8192, 128)):
+        q, (k, v) = random(b, 32, t, d), (random(b, 8, s, d) for _ in range(2))
+        causal = {"low": None, "high": s - t, "rows_see_key": True}
+        padding = (torch.arange(s, device="cuda") >= s // 4).view(1, 1, 1, s)
+        for name, more in {
+            "plain": {},
+            "causal": causal | ({"high": None, "is_causal": True} if t == s else {}),
+            "window 1024": causal | {"low": s - t - 1023},
+            "soft-cap": causal | {"softcap": 50.0},
+            "sinks": causal | {"sinks": random(32)},
+            "padded": {"mask": padding, "rows_see_key": True},
+        }.items():
+            yield f"{b}x32:8x{t}x{s}x{d} {name}", Sample((q, k, v), {"scale": d**-0.5, **more})
+
+
+CALLS = {
+    **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"), norm_calls),
+    "glu": glu_calls,
+    "rope": rope_calls,
+    "attention": attention_calls,
+}
+
+
 def calls(lowering: Lowering) -> Iterator[tuple[str, Sample]]:
-    name = lowering.op.name
-    return {"glu": glu_calls, "rope": rope_calls}.get(name, norm_calls)(name)
+    return CALLS[lowering.op.name](lowering.op.name)
+
+
+def versions_of(lowering: Lowering, sample: Sample) -> dict[str, Callable[..., Any]]:
+    """The kernel, and what else runs the call: library kernels that take it, the reference in two ways."""
+    op, target = lowering.op, target_of(torch.device("cuda"))
+    operands = op.bind(sample.args, sample.kwargs)
+    library = (n for n in NATIVE if n.op is op and n.supports(target, operands) is None)
+    return {
+        lowering.name: lowering.call,
+        **{n.name: n.call for n in library},
+        "eager": op.reference,
+        "inductor": torch.compile(lambda *a, **k: op.reference(*a, **k), dynamic=False, fullgraph=True),
+    }
+
+
+def double(value: Any) -> Any:
+    """In float64, if it is a floating tensor."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:
@@ -133,14 +180,10 @@ def measure(lowering: Lowering, shape: str, sample: Sample, copy: float) -> Iter
     both_bytes = (
         forward_bytes + tensor_bytes([*operands.values()]) + tensor_bytes(upstream) + tensor_bytes(wanted)
     )
-    versions = {
-        "triton": lowering.call,
-        "eager": op.reference,
-        "inductor": torch.compile(lambda *a, **k: op.reference(*a, **k), dynamic=False, fullgraph=True),
-    }
-    exact = Sample(tuple(a.double() if isinstance(a, Tensor) else a for a in sample.args), sample.kwargs)
+    versions, flops = versions_of(lowering, sample), op.flops(operands, result)
+    named = {name: double(value) for name, value in sample.kwargs.items()}
     with torch.no_grad():
-        expected = outputs(op.reference(*exact.args, **exact.kwargs))
+        expected = outputs(op.reference(*map(double, sample.args), **named))
     for name, call in versions.items():
 
         def forward(call: Callable[..., Any] = call) -> Any:
@@ -148,23 +191,32 @@ def measure(lowering: Lowering, shape: str, sample: Sample, copy: float) -> Iter
                 return outputs(call(*sample.args, **sample.kwargs))
 
         check(forward(), expected, 1.0)
-        yield report(op.name, shape, "forward", name, forward, forward_bytes, copy)
+        yield report(op.name, shape, "forward", name, forward, forward_bytes, flops, copy)
+    if not lowering.differentiable:
+        return
     tensors = [t.requires_grad_() for t in wanted]
     reference_step = step(op.reference, sample, tensors, upstream)()
     for name, call in versions.items():
         both = step(call, sample, tensors, upstream)
         check(both(), reference_step, GRADIENT_FACTOR)
-        yield report(op.name, shape, "forward+backward", name, both, both_bytes, copy)
+        yield report(op.name, shape, "forward+backward", name, both, both_bytes, 3.0 * flops, copy)
 
 
 def report(
-    op: str, shape: str, direction: str, version: str, run: Callable[[], Any], moved: float, copy: float
+    op: str,
+    shape: str,
+    direction: str,
+    version: str,
+    run: Callable[[], Any],
+    moved: float,
+    flops: float,
+    copy: float,
 ) -> Measurement:
     us = median_us(run)
-    rate = moved / (us * 1e-6)
-    figures = f"{us:9.1f} us {rate / 1e9:7.0f} GB/s {rate / copy:5.2f}"
-    print(f"{op:15} {shape:32} {direction:17} {version:9} {figures}")
-    return Measurement(op, shape, direction, version, us, rate / 1e9, rate / copy)
+    rate, work = moved / (us * 1e-6), flops / us * 1e-6
+    figures = f"{us:9.1f} us {rate / 1e9:7.0f} GB/s {rate / copy:5.2f} {work:7.1f} TFLOP/s"
+    print(f"{op:15} {shape:32} {direction:17} {version:14} {figures}")
+    return Measurement(op, shape, direction, version, us, rate / 1e9, rate / copy, work)
 
 
 def main() -> int:
@@ -174,7 +226,7 @@ def main() -> int:
     if not LOWERINGS:
         print("benchmarks/kernels.py needs Triton, which is not installed", file=sys.stderr)
         return 1
-    names = {lowering.op.name for lowering in LOWERINGS}
+    names = {lowering.op.name for lowering in LOWERINGS} & set(CALLS)
     asked = set(sys.argv[1:]) or names
     if asked - names:
         print(f"unknown op {sorted(asked - names)}; there are {sorted(names)}", file=sys.stderr)

@@ -12,6 +12,8 @@ from effopt.backends.base import Lowering
 LOWERINGS: tuple[Lowering, ...] = ()
 
 if find_spec("triton") is not None:
+    from effopt.backends.triton.decode_attention import DECODE_ATTENTION
+    from effopt.backends.triton.flash_attention import FLASH_ATTENTION
     from effopt.backends.triton.glu import GLU
     from effopt.backends.triton.int8_linear import INT8_LINEAR
     from effopt.backends.triton.layer_norm import ADD_LAYER_NORM, LAYER_NORM
@@ -19,4 +21,5 @@ if find_spec("triton") is not None:
     from effopt.backends.triton.rms_norm import ADD_RMS_NORM, RMS_NORM
     from effopt.backends.triton.rope import ROPE
 
-    LOWERINGS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU, ROPE, QUANTIZED_LINEAR, INT8_LINEAR)
+    ROW_KERNELS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU, ROPE)
+    LOWERINGS = (*ROW_KERNELS, QUANTIZED_LINEAR, INT8_LINEAR, FLASH_ATTENTION, DECODE_ATTENTION)

@@ -25,7 +25,18 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from effopt.backends.triton import glu, int8_linear, layer_norm, quantized_linear, rms_norm, rope, rows
+from effopt.backends.triton import (
+    attention_tiles,
+    decode_attention,
+    flash_attention,
+    glu,
+    int8_linear,
+    layer_norm,
+    quantized_linear,
+    rms_norm,
+    rope,
+    rows,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,6 +46,7 @@ TARGETS = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 TYPES = {"p_packed": "*u8", "p_zero": "*u8", "p_codes": "*i8", "p_signed": "*i8", "p_token_scale": "*fp32"}
+TYPES |= {"p_mask": "*u8", "p_query_ids": "*i64", "p_key_ids": "*i64", "p_lse": "*fp32", "p_total": "*fp32"}
 """Pointers to something else than the dtype of a case."""
 Case = tuple[str, Any, str, dict[str, Any]]
 """Name, kernel, dtype of what pointers point to, launch options: constexprs, num_warps, more `types`."""
@@ -118,8 +130,72 @@ def int8_linear_cases() -> Iterator[Case]:
             yield f"int8_linear-{dtype}-{m}", int8_linear.int8_linear_kernel, dtype, options
 
 
+ATTENTION = {
+    "window": {"HIDES": True},
+    "soft-cap, sinks": {"HIDES": True, "SOFTCAP": 30.0, "sinks": True, "UNIT": 1.0},
+    "padded, packed": {"HIDES": True, "MASK_OVER_KEYS": True, "mask": True, "ids": True},
+    "bias, filled": {"FILL": -1e4, "CAUSAL": True, "mask": True, "bias": True, "UNIT": 1.0},
+}
+"""Features of a call: options of the kernel, and which operands it has."""
+
+
+def attention_case(
+    dtype: str, queries: int, head: int, feature: str, splits: int = 1, value_head: int = 0
+) -> Case:
+    value_head = value_head or head
+    options = {"SCALE": 0.125, "SOFTCAP": 0.0, "UNIT": attention_tiles.LOG2_E, "FILL": float("-inf")}
+    options |= {"HIDES": False, "CAUSAL": False, "MASK_OVER_KEYS": False, "ZERO_ROWS": False}
+    options |= {"SPLITS": splits, "HEAD": head, "VALUE_HEAD": value_head}
+    blocks = [triton.next_power_of_2(max(16, n)) for n in (head, value_head)]
+    given = dict(ATTENTION[feature])
+    tile = attention_tiles.tile_for(queries, max(head, value_head), DTYPES[dtype], dense="bias" in given)
+    options |= {"BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], "ROWS": tile.rows, "KEYS": tile.keys}
+    options |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    options |= {"DOT": tl.bfloat16 if dtype == "bf16" else tl.float32}
+    operands = {
+        "bias": ["p_bias"],
+        "mask": ["p_mask"],
+        "sinks": ["p_sinks"],
+        "ids": ["p_query_ids", "p_key_ids"],
+    }
+    for operand, names in operands.items():
+        options |= {} if given.pop(operand, False) else dict.fromkeys(names)
+    options |= {"p_total": None} if splits == 1 else {"types": {"p_out": "*fp32"}}
+    name = f"attention-{dtype}-{queries}x{head}" + f"-{splits} parts" * (splits > 1)
+    return f"{name}-{feature}", flash_attention.attention_kernel, dtype, options | given
+
+
+def attention_cases() -> Iterator[Case]:
+    """Prefill and decode, the heaviest first: a window, and a bias with a mask."""
+    yield attention_case("bf16", 4096, 128, "window")
+    yield attention_case("bf16", 8, 128, "window", splits=8)
+    yield attention_case("bf16", 4096, 128, "bias, filled")
+    yield attention_case("fp32", 4096, 128, "window")
+    merge = {"UNIT": attention_tiles.LOG2_E, "ZERO_ROWS": False, "ROWS": decode_attention.MERGED_ROWS}
+    merge |= {"BLOCK_DV": 128, "num_warps": 4, "types": {"p_sum": "*fp32", "p_peak": "*fp32"}}
+    yield "attention-merge", decode_attention.merge_parts_kernel, "bf16", merge
+
+
+def more_attention_cases() -> Iterator[Case]:
+    """The other features, head sizes (an odd one, the largest, two unequal) and numbers of rows."""
+    for feature in ("soft-cap, sinks", "padded, packed"):
+        yield attention_case("bf16", 4096, 128, feature)
+    yield attention_case("bf16", 8, 128, "bias, filled", splits=8)
+    for queries, head in ((4096, 64), (4096, 80), (4096, 256), (32, 128), (64, 64), (16, 256)):
+        yield attention_case("bf16", queries, head, "window")
+    yield attention_case("bf16", 4096, 192, "window", value_head=128)
+    for queries, head in ((4096, 64), (4096, 256), (32, 128)):
+        yield attention_case("bf16", queries, head, "bias, filled")
+    for queries, head in ((4096, 64), (4096, 256), (8, 128)):
+        yield attention_case("fp32", queries, head, "window")
+    yield attention_case("fp32", 4096, 128, "bias, filled")
+
+
 ROW_CASES = (*norm_cases(), *glu_cases(), *rope_cases())
-CASES = {case[0]: case for case in (*ROW_CASES, *quantized_linear_cases(), *int8_linear_cases())}
+MATRIX_CASES = (*quantized_linear_cases(), *int8_linear_cases(), *attention_cases())
+MORE_CASES = {f"more-{case[0]}": case for case in more_attention_cases()}
+"""Compiled only where a word asks for them: `more` does."""
+CASES = {case[0]: case for case in (*ROW_CASES, *MATRIX_CASES)} | MORE_CASES
 
 
 def source_of(case: Case) -> ASTSource:
@@ -144,6 +220,9 @@ def source_of(case: Case) -> ASTSource:
     ]
     aligned += [i for i, n in enumerate(kernel.arg_names) if n.endswith("_stride")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if kernel.arg_names[i] not in constants}
+    for i, name in enumerate(kernel.arg_names):
+        if name in ("query_strides", "key_strides", "value_strides"):
+            attributes |= {(i, axis): [["tt.divisibility", 16]] for axis in range(3)}
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
 
 
@@ -151,7 +230,8 @@ def binary_facts(compiled: Any) -> dict[str, int]:
     """Registers and spilled bytes of a thread, read from the binary."""
     if "amdgcn" in compiled.asm:
         found = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
-        spilled = int(found["vgpr_spill_count"]) * 4 + int(found["sgpr_spill_count"]) * 4
+        # Scalar registers spill to lanes of vector registers, and those to the private segment.
+        spilled = int(found["private_segment_fixed_size"])
         return {"registers": int(found["vgpr_count"]), "spill_bytes": spilled}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -166,7 +246,8 @@ def compile_case(name: str) -> list[dict[str, Any]]:
     """One case on all targets."""
     facts = []
     for target_name, target in TARGETS.items():
-        options = {"num_warps": CASES[name][3]["num_warps"], "enable_fp_fusion": True}
+        options = {n: v for n, v in CASES[name][3].items() if n in ("num_warps", "num_stages")}
+        options["enable_fp_fusion"] = True
         compiled = triton.compile(source_of(CASES[name]), target=target, options=options)
         fact = {"case": name, "target": target_name, "shared_bytes": compiled.metadata.shared}
         facts.append(fact | binary_facts(compiled))
@@ -174,7 +255,10 @@ def compile_case(name: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    names = [name for name in CASES if all(word in name for word in sys.argv[1:])]
+    words = sys.argv[1:]
+    names = [
+        name for name in CASES if all(word in name for word in words) and (words or name not in MORE_CASES)
+    ]
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         facts = [fact for found in pool.map(compile_case, names) for fact in found]
     json.dump(facts, sys.stdout)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SPILL_BYTES = 8
 """ptxas spills one or two registers of three float32 norm kernels on its own account, to stay at 32, 40 or 96
 registers, with which one more program fits a multiprocessor. More than that is a tile too large."""
@@ -17,15 +19,21 @@ SHARED_BYTES = 32 * 1024
 whose programs have 64 KiB. Below 48 KiB no target asks for an opt-in."""
 MATRIX_SHARED_BYTES = 48 * 1024
 """A matrix kernel keeps the operands of its next two steps there as well."""
+ATTENTION_SHARED_BYTES = 96 * 1024
+"""And attention the rows that it holds. Less than the 99 KiB that a program may ask for on the least of
+sm_8x; on gfx942 a program has 64 KiB."""
+ATTENTION_SPILL_BYTES = 32
+"""Its largest tiles take all 255 registers of sm_80, or 256 of gfx942, and up to five values more; and ptxas
+puts eight away on its own account to stay at 128."""
 
 
-def compile_all() -> list[dict[str, Any]]:
+def compile_all(*words: str) -> list[dict[str, Any]]:
     """What aot_compile.py reports. Triton caches the binaries, so only a changed kernel takes time."""
     script = Path(__file__).with_name("aot_compile.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(script.parents[3]), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, str(script), *words], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -41,10 +49,29 @@ def test_every_kernel_compiles_for_every_target() -> None:
         for dtype in ("bf16", "fp32"):
             found = [case for case in cases if case.startswith(kernel) and dtype in case]
             assert {"backward" in case for case in found} == {False, True}
-    assert not [fact for fact in facts if fact["spill_bytes"] > SPILL_BYTES]
+    assert not [f for f in facts if f["spill_bytes"] > SPILL_BYTES and not f["case"].startswith("attention")]
     assert sum(fact["spill_bytes"] > 0 for fact in facts) <= len(facts) // 50
-    matrix = ("quantized_linear", "int8_linear")
+    matrix = ("quantized_linear", "int8_linear", "attention")
+    attention = [fact for fact in facts if fact["case"].startswith("attention")]
+    assert_attention(attention)
     assert all(any(case.startswith(kernel) for case in cases) for kernel in matrix)
-    for fact in facts:
+    for fact in (fact for fact in facts if fact not in attention):
         bound = MATRIX_SHARED_BYTES if fact["case"].startswith(matrix) else SHARED_BYTES
         assert fact["shared_bytes"] <= bound, fact
+
+
+def assert_attention(facts: list[dict[str, Any]]) -> None:
+    """Spills and shared memory are bounded."""
+    assert facts
+    assert not [fact for fact in facts if fact["spill_bytes"] > ATTENTION_SPILL_BYTES]
+    for fact in facts:
+        bound = 64 * 1024 if fact["target"] == "gfx942" else ATTENTION_SHARED_BYTES
+        assert fact["shared_bytes"] <= bound, fact
+
+
+@pytest.mark.slow
+def test_attention_of_all_features_and_sizes() -> None:
+    """Each takes ptxas seconds."""
+    facts = compile_all("more", "attention")
+    assert len({fact["case"] for fact in facts}) == 16
+    assert_attention(facts)

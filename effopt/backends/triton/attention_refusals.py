@@ -1,0 +1,125 @@
+"""Which calls of attention the kernels here take, and the operands of one as they take them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from effopt.backends.triton.rows import check_floating, refusal
+from effopt.graph.ops.base import Operands
+from effopt.target import Target
+
+MAX_HEAD_SIZE = 256
+"""Longest head that tiles are cut for; a program holds whole heads."""
+
+
+def prepare(operands: Operands) -> tuple[Any, ...]:
+    """Operands of the op, checked, as the arguments of the custom ops: tensors of 4 dimensions, all views.
+
+    Raises:
+        TypeError: a floating operand has a dtype that no kernel reads.
+        ValueError: the operands do not fit together, or the kernels do not take such a call.
+    """
+    names = ("query", "key", "value", "bias", "sinks")
+    check_floating(**{name: operands[name] for name in names})
+    reason = call_refusal(operands)
+    if reason is not None:
+        raise ValueError(reason)
+    wide = [None if (x := operands[n]) is None else x[(None,) * (4 - x.dim())] for n in (*names[:4], "mask")]
+    fill = -math.inf if operands["fill"] is None else operands["fill"]
+    rest = ("softcap", "low", "high", "is_causal", "zero_masked_rows", "rows_see_key")
+    tensors = (*wide, operands["sinks"], operands["query_ids"], operands["key_ids"])
+    return (*tensors, operands["scale"], fill, *(operands[name] for name in rest))
+
+
+def call_refusal(operands: Operands) -> str | None:
+    """Why the kernels do not take such a call on any target, or None. Adds no guard on symbols."""
+    query, key, value = (operands[name] for name in ("query", "key", "value"))
+    if operands["dropout_p"]:
+        return f"dropout of {operands['dropout_p']:g}, and the kernel has none"
+    if not 2 <= query.dim() <= 4 or not query.dim() == key.dim() == value.dim():
+        ranks = f"{query.dim()}, {key.dim()} and {value.dim()}"
+        return f"query, key and value have {ranks} dimensions, and the kernel wants 2 to 4, the same of each"
+    if not query.dtype == key.dtype == value.dtype or query.dtype == torch.float64:
+        dtypes = f"{query.dtype}, {key.dtype} and {value.dtype}"
+        return f"query, key and value are {dtypes}; the kernel wants one dtype, float32 or narrower"
+    return _size_refusal(query, key, value) or _mask_refusal(operands)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return statically_known_true(a == b)
+
+
+def _size_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    d, dv = query.shape[-1], value.shape[-1]
+    if not isinstance(d, int) or not isinstance(dv, int):
+        return f"head sizes {d} and {dv} are symbolic, and the kernel wants numbers to cut tiles of"
+    if max(d, dv) > MAX_HEAD_SIZE or min(d, dv) < 1:
+        return f"head sizes are {d} and {dv}, and the kernel wants 1 to {MAX_HEAD_SIZE}"
+    alike = [_same(d, key.shape[-1]), _same(key.shape[-2], value.shape[-2])]
+    alike += [_same(a, b) for a, b in zip(key.shape[:-2], value.shape[:-2], strict=True)]
+    if query.dim() != 4:
+        alike += [_same(a, b) for a, b in zip(query.shape[:-2], key.shape[:-2], strict=True)]
+    else:
+        h, hkv = query.shape[1], key.shape[1]
+        alike += [_same(query.shape[0], key.shape[0]), _same(h, hkv) or _same(h % hkv, 0)]
+    if all(alike):
+        return None
+    shapes = ", ".join(f"{list(x.shape)}" for x in (query, key, value))
+    wanted = "[b, h, t, d], [b, hkv, s, d], [b, hkv, s, dv]"
+    return f"query, key and value are {shapes}, and the kernel wants {wanted}"
+
+
+def _mask_refusal(operands: Operands) -> str | None:
+    """Of what is added to the scores or masks them."""
+    query, key = operands["query"], operands["key"]
+    full = (*query.shape[:-1], key.shape[-2])
+    for name in ("bias", "mask"):
+        x = operands[name]
+        if x is None:
+            continue
+        sizes = full[len(full) - x.dim() :] if x.dim() <= len(full) else ()
+        if len(sizes) != x.dim() or not all(
+            _same(a, 1) or _same(a, b) for a, b in zip(x.shape, sizes, strict=True)
+        ):
+            return f"{name} is {list(x.shape)}, and is not known to broadcast to {list(full)}"
+    mask, sinks, fill = operands["mask"], operands["sinks"], operands["fill"]
+    if fill is not None and not fill < math.inf:
+        return f"masked scores become {fill}, and the kernel wants a number or -inf"
+    if mask is not None and mask.dtype != torch.bool:
+        return f"mask is {mask.dtype}, and the kernel wants torch.bool; a mask that is added is a bias"
+    if operands["bias"] is not None and operands["bias"].dtype == torch.float64:
+        return "bias is torch.float64, and the kernel wants float32 or narrower"
+    heads = query.shape[-3] if query.dim() > 2 else 1
+    if sinks is not None and not (sinks.dim() == 1 and _same(sinks.shape[0], heads)):
+        return f"sinks is {list(sinks.shape)}, and the kernel wants [{heads}], one for each head"
+    return _ids_refusal(operands)
+
+
+def _ids_refusal(operands: Operands) -> str | None:
+    query = operands["query"]
+    given = {"query_ids": query.shape[-2], "key_ids": operands["key"].shape[-2]}
+    if (operands["query_ids"] is None) != (operands["key_ids"] is None):
+        return "ids of queries without ids of keys, or the other way round; the kernel wants both or none"
+    for name, length in given.items():
+        x = operands[name]
+        if x is None:
+            continue
+        fits = x.dim() in ((1, 2) if query.dim() == 4 else (1,)) and _same(x.shape[-1], length)
+        if not fits or (x.dim() == 2 and not (_same(x.shape[0], query.shape[0]) or _same(x.shape[0], 1))):
+            return (
+                f"{name} is {list(x.shape)}, and the kernel wants [{length}], or with a batch [b, {length}]"
+            )
+        if x.is_floating_point():
+            return f"{name} is {x.dtype}, and the kernel wants integers"
+    return None
+
+
+def supports(target: Target, operands: Operands) -> str | None:
+    """Why a kernel does not take these operands on this target, or None."""
+    floating = {name: operands[name] for name in ("query", "key", "value", "bias", "sinks")}
+    return refusal(target, floating) or call_refusal(operands)

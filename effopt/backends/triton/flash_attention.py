@@ -1,0 +1,234 @@
+"""Attention whose scores never leave the registers: forward pass, inference only.
+
+A program holds a tile of rows (queries, and the heads that share their keys), walks over tiles of keys, and
+keeps of each row the greatest score so far, the sum of its weights and the weighted sum of values, rescaled
+when a greater score comes. Keys that causality or a band hides from all rows of a tile are never loaded;
+where ids, or a mask over keys such as that of padding, leave only a part, its first and last key are looked
+up first. Tiles inside the band pay for no comparison of indices.
+
+Reads query once, and key and value once for each tile of rows that sees them; writes the result and the
+log-sum-exp of each row's scores. Accumulates in float32. A row that sees no key gives what the reference
+gives.
+
+Source: Dao et al. 2022, arXiv:2205.14135, algorithm 1; Dao 2023, arXiv:2307.08691, section 3.1; the running
+maximum: Milakov & Gimelshein 2018, arXiv:1805.02867, algorithm 3. Not measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effopt.backends.base import Lowering
+from effopt.backends.triton.attention_refusals import prepare, supports
+from effopt.backends.triton.attention_scores import exponential, load_lines, score_block, seen_keys
+from effopt.backends.triton.attention_tiles import AttentionCall, attention_cost, row_tiles
+from effopt.backends.triton.rows import launch
+from effopt.graph import ops
+
+SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? sinks, Tensor? query_ids, "
+    "Tensor? key_ids, float scale, float fill, float softcap, SymInt? low, SymInt? high, bool is_causal, "
+    "bool zero_masked_rows, bool rows_see_key) -> (Tensor, Tensor)"
+)
+
+
+@triton.jit(do_not_specialize=["t", "s", "low", "high"])  # they change with each step of a decode
+def attention_kernel(
+    p_query, p_key, p_value, p_bias, p_mask, p_sinks, p_query_ids, p_key_ids, p_out, p_lse, p_total,
+    query_strides, key_strides, value_strides, bias_strides, mask_strides, query_ids_stride, key_ids_stride,
+    sink_stride, hkv, group, t, s, low, high,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr, FILL: tl.constexpr,
+    HIDES: tl.constexpr, CAUSAL: tl.constexpr, MASK_OVER_KEYS: tl.constexpr,
+    ZERO_ROWS: tl.constexpr, SPLITS: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows over its keys, or over one part of SPLITS of them.
+
+    With one part it writes the result and its log-sum-exp; else, in float32 and for each part, the weighted
+    sum of values, the greatest score (to p_lse) and the sum of weights.
+    """
+    tiles = tl.cdiv(t * group, ROWS)
+    # The last queries first: under causality they see most keys, and should not begin when all others end.
+    i_tile = tiles - 1 - tl.program_id(0) % tiles
+    i_split = (tl.program_id(0) // tiles) % SPLITS
+    i_line = tl.program_id(0) // (tiles * SPLITS)
+    i_b, i_hkv = (i_line // hkv).to(tl.int64), (i_line % hkv).to(tl.int64)
+    o_row = i_tile * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < t * group
+    o_t, o_head = o_row // group, i_hkv * group + o_row % group
+    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+
+    p_row = p_query + i_b * query_strides[0] + o_head * query_strides[1] + o_t.to(tl.int64) * query_strides[2]
+    b_query = load_lines(p_row, o_d, m_row, query_strides[3], HEAD, False).to(DOT)
+    p_key += i_b * key_strides[0] + i_hkv * key_strides[1]
+    p_value += i_b * value_strides[0] + i_hkv * value_strides[1]
+    if p_mask is not None:
+        p_mask += i_b * mask_strides[0]
+        if not MASK_OVER_KEYS:
+            p_mask += (o_head * mask_strides[1] + o_t.to(tl.int64) * mask_strides[2])[:, None]
+    if p_bias is not None:
+        p_bias += (
+            i_b * bias_strides[0] + (o_head * bias_strides[1] + o_t.to(tl.int64) * bias_strides[2])[:, None]
+        )
+    b_query_ids = o_t
+    if p_key_ids is not None:
+        p_key_ids += i_b * key_ids_stride
+        b_query_ids = tl.load(p_query_ids + i_b * query_ids_stride + o_t, mask=m_row, other=0).to(tl.int64)
+
+    # Keys that some row may see, and, within them, keys that every row sees by causality and band.
+    t_first, t_last = (i_tile * ROWS) // group, tl.minimum((i_tile * ROWS + ROWS - 1) // group, t - 1)
+    first, stop, whole_stop = 0, s, s
+    if CAUSAL:
+        stop, whole_stop = tl.minimum(stop, t_last + 1), tl.minimum(whole_stop, t_first + 1)
+    if HIDES:
+        first, stop = tl.maximum(t_first + low, 0), tl.minimum(stop, t_last + high + 1)
+    whole_first = tl.maximum(t_last + low, 0)
+    whole_stop = tl.maximum(tl.minimum(whole_stop, t_first + high + 1), 0)
+    if HIDES and (p_key_ids is not None or MASK_OVER_KEYS):
+        first, stop = seen_keys(
+            first, stop, p_mask, b_query_ids, p_key_ids, m_row, mask_strides[3], MASK_OVER_KEYS
+        )
+    # In tiles of keys.
+    stop = tl.where(stop > first, tl.cdiv(stop, KEYS), 0)
+    first = tl.minimum(first // KEYS, stop)
+    if SPLITS > 1:
+        part = tl.cdiv(stop - first, SPLITS)
+        first = tl.minimum(first + i_split * part, stop)
+        stop = tl.minimum(first + part, stop)
+    whole_first = tl.minimum(tl.maximum(tl.cdiv(whole_first, KEYS), first), stop)
+    whole_stop = tl.minimum(tl.maximum(whole_stop // KEYS, whole_first), stop)
+
+    b_peak = tl.full([ROWS], float("-inf"), tl.float32)
+    b_total = tl.zeros([ROWS], tl.float32)
+    if p_sinks is not None:
+        # One more score, seen by the first part. Where it is -inf it has no weight.
+        b_sink = tl.load(p_sinks + o_head * sink_stride, mask=m_row, other=0.0).to(tl.float32)
+        b_peak = tl.where(i_split == 0, b_sink, b_peak)
+        b_total = tl.where(b_peak == float("-inf"), 0.0, 1.0)
+    b_sum = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    o_key = tl.arange(0, KEYS).to(tl.int64)
+    # First the whole tiles, then what is ragged on both sides of them: the order of keys does not matter.
+    for EDGE in tl.static_range(2):
+        count = stop - first - (whole_stop - whole_first) if EDGE else whole_stop - whole_first
+        for i in tl.range(0, count):
+            if EDGE:
+                i_s = first + i + tl.where(first + i >= whole_first, whole_stop - whole_first, 0)
+            else:
+                i_s = whole_first + i
+            o_s = i_s * KEYS + tl.arange(0, KEYS)
+            m_s = o_s < s
+            # The tile's address as one number, so that what differs between threads stays the same.
+            i_key = i_s.to(tl.int64) * KEYS
+            p_line = (p_key + i_key * key_strides[2]) + o_key * key_strides[2]
+            b_key = load_lines(p_line, o_d, m_s, key_strides[3], HEAD, EDGE == 0).to(DOT)
+            b_score = score_block(
+                b_query, b_key, p_bias, p_mask, b_query_ids, p_key_ids, o_t, o_s, m_row, m_s, t, s, low, high,
+                bias_strides[3], mask_strides[3], SCALE, SOFTCAP, UNIT, FILL, CAUSAL, MASK_OVER_KEYS,
+                EDGE == 1,
+            )  # fmt: skip
+            b_new = tl.maximum(b_peak, tl.max(b_score, axis=1))
+            # Finite, so that a row without a key so far gets weights of 0 and not exp(-inf + inf).
+            b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_weight = exponential(b_score - b_base[:, None], UNIT)
+            b_shrink = exponential(b_peak - b_base, UNIT)
+            b_total = b_total * b_shrink + tl.sum(b_weight, axis=1)
+            p_line = (p_value + i_key * value_strides[2]) + o_key * value_strides[2]
+            b_value = load_lines(p_line, o_dv, m_s, value_strides[3], VALUE_HEAD, EDGE == 0).to(DOT)
+            b_sum = b_sum * b_shrink[:, None]
+            b_sum = tl.dot(b_weight.to(DOT), b_value, b_sum, input_precision="ieee")
+            b_peak = b_new
+
+    o_line = (i_b * hkv * group + o_head) * t + o_t
+    m_out = m_row[:, None] & (o_dv < VALUE_HEAD)[None, :]
+    if SPLITS > 1:
+        heads = (tl.num_programs(0) // (tiles * SPLITS)).to(tl.int64) * group
+        o_line += i_split * heads * t
+        tl.store(p_total + o_line, b_total, mask=m_row)
+        tl.store(p_lse + o_line, b_peak, mask=m_row)
+    else:
+        b_safe = tl.where(b_total == 0.0, 1.0, b_total)
+        b_sum = b_sum / b_safe[:, None]
+        if not ZERO_ROWS:
+            b_sum = tl.where((b_total == 0.0)[:, None], float("nan"), b_sum)
+        tl.store(p_lse + o_line, b_peak * (1.0 / UNIT) + tl.log(b_safe), mask=m_row)
+    tl.store(
+        p_out + o_line[:, None] * VALUE_HEAD + o_dv[None, :], b_sum.to(p_out.dtype.element_ty), mask=m_out
+    )
+
+
+def outputs(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """The result and the log-sum-exp of a call, unwritten."""
+    query = call.query
+    out = query.new_empty((*query.shape[:-1], call.value.shape[-1]))
+    return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+def attend(
+    call: AttentionCall, out: Tensor, lse: Tensor, total: Tensor | None = None, parts: int = 1
+) -> None:
+    """Launch the kernel on a call with rows. With several parts `out`, `lse` and `total` take (o, m, l)."""
+    launch(
+        attention_kernel,
+        parts * call.row_tiles,
+        out,
+        *(*call.tensors(), out, lse, total),
+        *call.numbers(),
+        **call.options(),
+        ZERO_ROWS=call.zero_masked_rows,
+        SPLITS=parts,
+    )
+
+
+@torch.library.custom_op("effopt_triton::flash_attention", mutates_args=(), schema=SCHEMA)
+def _flash_attention(*given: Any) -> tuple[Tensor, Tensor]:
+    call = AttentionCall(*given)
+    out, lse = outputs(call)
+    if out.numel() > 0:
+        attend(call, out, lse)
+    return out, lse
+
+
+@_flash_attention.register_fake
+def _(*given: Any) -> tuple[Tensor, Tensor]:
+    return outputs(AttentionCall(*given))
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    fill: float | None = None,
+    is_causal: bool = False,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    zero_masked_rows: bool = False,
+    rows_see_key: bool = False,
+    low: int | None = None,
+    high: int | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+) -> Tensor:
+    """`ops.attention` by one kernel; arguments as there, of any strides, up to float32, without dropout."""
+    given = prepare({**locals()})
+    return _flash_attention(*given)[0].reshape((*query.shape[:-1], value.shape[-1]))
+
+
+FLASH_ATTENTION = Lowering(
+    ops.attention,
+    "triton",
+    flash_attention,
+    supports,
+    attention_cost(row_tiles, launches=1),
+    differentiable=False,
+)

@@ -1,0 +1,467 @@
+"""The attention kernels against the op's reference in float64: kinds of masks, rows without keys, parts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from effopt.backends.base import Lowering, choose
+from effopt.backends.native import LOWERINGS as NATIVE
+from effopt.backends.reference import reference_lowering
+from effopt.backends.triton import LOWERINGS, attention_tiles, decode_attention
+from effopt.backends.triton.attention_refusals import prepare
+from effopt.backends.triton.attention_tiles import AttentionCall, tile_for
+from effopt.backends.triton.decode_attention import DECODE_ATTENTION
+from effopt.backends.triton.flash_attention import FLASH_ATTENTION
+from effopt.graph import ops
+from effopt.graph.equivalence import difference
+from effopt.graph.ops import Sample
+from effopt.graph.tolerances import tolerance_of
+from effopt.target import Target
+from tests.backends.triton.calls import double
+
+H100 = Target("cuda", "sm_90", 4.3e12, 7.9e14)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LEAST = torch.finfo(torch.float32).min
+KERNELS = {"whole": FLASH_ATTENTION, "divided": DECODE_ATTENTION}
+every_kernel = pytest.mark.parametrize("kernel", KERNELS)
+
+
+@pytest.fixture(autouse=True)
+def few_keys_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short calls, too, in parts: at most 4 of at least 5 keys, so that some parts are empty."""
+    monkeypatch.setattr(decode_attention, "parts", lambda tiles, keys: max(1, min(4, keys // 5)))
+
+
+def heads(
+    t: int, s: int, d: int, device: Any, *, b: int = 1, h: int = 2, hkv: int = 1, **given: Any
+) -> tuple[Tensor, ...]:
+    dtype, dv = given.get("dtype", torch.float32), given.get("dv", d)
+    shapes = ((b, h, t, d), (b, hkv, s, d), (b, hkv, s, dv))
+    return tuple(torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+
+
+def assert_values(kernel: str, sample: Sample) -> None:
+    """Within the table of float64 at the scale of the results, NaN where the reference has it."""
+    got = KERNELS[kernel].call(*sample.args, **sample.kwargs)
+    own = ops.attention.reference(*sample.args, **sample.kwargs)
+    wide = {
+        k: double(v) if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in sample.kwargs.items()
+    }
+    exact = ops.attention.reference(*map(double, sample.args), **wide)
+    rtol = tolerance_of(sample.args[0].dtype).rtol
+    assert difference(got, own, exact, rtol, 4 * rtol) == ""
+    assert got.shape == own.shape
+    assert got.is_contiguous()
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_samples(kernel: str, dtype: torch.dtype, device: torch.device) -> None:
+    samples = list(ops.attention.samples(dtype, device))
+    for sample in (*samples[:18], samples[-2]) if dtype == torch.float32 else samples[:9]:
+        assert_values(kernel, sample)
+
+
+def kinds(t: int, s: int, device: Any, h: int = 2) -> dict[str, dict[str, Any]]:
+    """Every kind of mask, by keyword; each of them leaves every row a key, but those named blind."""
+    keep = torch.rand(1, 1, t, s, device=device) > 0.4
+    keep[..., 0] = True
+    blind = keep.clone()
+    blind[..., t // 2, :] = False
+    ids = [torch.arange(n, device=device) // 5 for n in (t, s)]
+    unsorted = [torch.randint(0, 3, (1, n), device=device) for n in (t, s)]
+    unsorted[1][0, 0], unsorted[0][:] = 1, 1
+    padding = torch.arange(s, device=device) >= s // 3
+    return {
+        "none": {},
+        "causal": {"is_causal": True},
+        "causal, last rows aligned": {"high": s - t},
+        "window": {"low": s - t - 6, "high": s - t, "rows_see_key": True, "fill": LEAST},
+        "window, proved on the spot": {"low": -3, "high": s, "fill": -1e10},
+        "chunk around": {"low": -4, "high": 4},
+        "band beyond the keys": {"low": s - 2},
+        "empty band": {"low": 3, "high": 1, "zero_masked_rows": True},
+        "band, filled": {"low": -4, "high": -2, "fill": LEAST},
+        "band and causal, filled": {"low": -20, "high": 3, "is_causal": True, "fill": -2.0},
+        "mask": {"mask": keep},
+        "mask by head": {"mask": torch.rand(h, t, s, device=device) > 0.4, "zero_masked_rows": True},
+        "mask of padding": {"mask": padding.view(1, 1, 1, s)},
+        "mask of padding, filled": {"mask": padding, "fill": LEAST},
+        "mask of all keys": {"mask": torch.zeros(s, dtype=torch.bool, device=device)},
+        "mask of all keys, filled": {"mask": torch.zeros(t, s, device=device).bool(), "fill": LEAST},
+        "mask over queries": {"mask": torch.rand(t, 1, device=device) > 0.5, "zero_masked_rows": True},
+        "blind": {"mask": blind},
+        "blind, zero": {"mask": blind, "zero_masked_rows": True},
+        "blind, filled": {"mask": blind, "fill": LEAST},
+        "blind, causal, filled": {"mask": blind, "fill": LEAST, "is_causal": True},
+        "filled near the scores": {"mask": blind, "fill": -0.5},
+        "bias": {"bias": torch.randn(1, h, t, s, device=device)},
+        "bias over keys": {"bias": torch.randn(s, device=device)},
+        "bias of the least": {"bias": torch.where(blind, 0.0, LEAST)},
+        "bias of minus infinity": {"bias": torch.where(blind, 0.0, -math.inf), "softcap": 3.0},
+        "bias and mask": {"bias": torch.randn(h, 1, 1, device=device), "mask": keep, "fill": LEAST},
+        "packed": {"query_ids": ids[0], "key_ids": ids[1], "zero_masked_rows": True},
+        "packed, causal": {"query_ids": ids[0], "key_ids": ids[1], "high": 0},
+        "packed, filled": {"query_ids": ids[0].int(), "key_ids": ids[1].int(), "fill": LEAST},
+        "ids in any order": {"query_ids": unsorted[0], "key_ids": unsorted[1]},
+        "soft-cap": {"softcap": 2.0, "is_causal": True},
+        "sinks": {"sinks": torch.randn(h, device=device), "low": -5, "high": 0},
+        "sinks, blind": {"sinks": torch.randn(h, device=device), "mask": blind},
+        "sinks of the least": {"sinks": torch.tensor([LEAST, -math.inf], device=device), "mask": blind},
+        "all at once": {
+            "bias": torch.randn(t, s, device=device), "mask": keep, "softcap": 4.0, "low": -9,
+            "high": s - t + 2, "sinks": torch.randn(h, device=device), "query_ids": unsorted[0],
+            "key_ids": unsorted[1], "zero_masked_rows": True,
+        },
+    }  # fmt: skip
+
+
+@every_kernel
+@pytest.mark.parametrize("kind", kinds(2, 2, "cpu"))
+def test_kinds_of_masks(kernel: str, kind: str, device: torch.device) -> None:
+    """Where blocks of keys are whole, ragged, left out; where rows have one key, or none."""
+    for t, s in ((33, 65), (7, 33)):
+        sample = Sample(heads(t, s, 16, device), {"scale": 0.3, **kinds(t, s, device)[kind]})
+        assert_values(kernel, sample)
+
+
+@every_kernel
+@pytest.mark.parametrize("d", [16, 40, 64, 80])
+@pytest.mark.parametrize(("t", "s"), [(1, 1), (1, 65), (7, 7), (33, 1), (65, 33)])
+def test_odd_sizes(kernel: str, d: int, t: int, s: int, device: torch.device) -> None:
+    assert_values(kernel, Sample(heads(t, s, d, device), {"scale": d**-0.5, "is_causal": True}))
+
+
+@every_kernel
+def test_head_sizes_and_groups(kernel: str, device: torch.device) -> None:
+    for d, dv, h, hkv in ((192, 128, 2, 2), (8, 24, 6, 2), (256, 256, 1, 1), (1, 1, 5, 1)):
+        sample = Sample(heads(5, 20, d, device, b=2, h=h, hkv=hkv, dv=dv), {"scale": d**-0.5, "high": 15})
+        assert_values(kernel, sample)
+
+
+@every_kernel
+def test_two_and_three_dimensions(kernel: str, device: torch.device) -> None:
+    q, k, v = (x[0] for x in heads(9, 12, 16, device, h=3, hkv=3))
+    by_head = torch.randn(3, 9, 12, device=device)
+    for more in (
+        {},
+        {"mask": by_head > 0, "zero_masked_rows": True},
+        {"bias": by_head[:1]},
+        {"sinks": by_head[:, 0, 0]},
+    ):
+        assert_values(kernel, Sample((q, k, v), {"scale": 0.3, **more}))
+    assert_values(kernel, Sample((q[0], k[0], v[0]), {"scale": 0.3, "bias": by_head[0], "low": -5}))
+
+
+@every_kernel
+def test_layouts(kernel: str, device: torch.device) -> None:
+    """Heads as a projection leaves them, keys of a cache, expanded, every other column, turned."""
+    q, k, v = heads(6, 20, 16, device, b=2, h=4, hkv=2)
+    cache = torch.full((2, 2, 64, 16), math.nan, device=device)
+    cache[:, :, :20] = k
+    for call in (
+        (q.transpose(1, 2).contiguous().transpose(1, 2), cache[:, :, :20], v),
+        (q, k[:1, :1].expand(2, 2, 20, 16), v[:, :, :1].expand(2, 2, 20, 16)),
+        (q.repeat_interleave(2, -1)[..., ::2], k.mT.contiguous().mT, v[..., ::2]),
+    ):
+        bias = torch.randn(20, 6, device=device).t()
+        assert_values(kernel, Sample(call, {"scale": 0.3, "bias": bias, "mask": (bias > -1)[:, ::1]}))
+
+
+@every_kernel
+def test_batches_with_masks_of_their_own(kernel: str, device: torch.device) -> None:
+    q, k, v = heads(5, 23, 16, device, b=3, h=4, hkv=2)
+    lengths = torch.tensor([1, 23, 9], device=device).view(3, 1, 1, 1)
+    ids = torch.randint(0, 2, (3, 23), device=device)
+    padding = torch.arange(23, device=device) < lengths
+    for more in (
+        {"mask": padding},
+        {"mask": padding, "fill": LEAST, "rows_see_key": True},
+        {"bias": torch.randn(3, 1, 5, 23, device=device)},
+        {"query_ids": ids[:, :5], "key_ids": ids},
+        {"query_ids": ids[:1, :5], "key_ids": ids, "fill": LEAST},
+    ):
+        assert_values(kernel, Sample((q, k, v), {"scale": 0.3, **more}))
+
+
+@every_kernel
+def test_empty(kernel: str, device: torch.device) -> None:
+    for sizes in ({"b": 0}, {"t": 0}, {"h": 0, "hkv": 0}):
+        made = heads(sizes.pop("t", 3), 4, 16, device, **sizes)
+        got = KERNELS[kernel].call(*made, scale=1.0)
+        assert got.shape == made[0].shape
+    q, k, v = heads(3, 0, 16, device)
+    assert KERNELS[kernel].call(q, k, v, scale=1.0).isnan().all()
+    assert not KERNELS[kernel].call(q, k, v, scale=1.0, zero_masked_rows=True).any()
+
+
+@every_kernel
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, under the interpreter, warns of inf - inf
+def test_nan_and_infinity_stay_in_their_row(kernel: str, device: torch.device) -> None:
+    q, k, v = heads(9, 40, 16, device)
+    q[..., 2, 3], q[..., 4, 0] = math.nan, math.inf
+    assert_values(kernel, Sample((q, k, v), {"scale": 0.3}))
+    hidden = k.clone()
+    hidden[..., 30:, :] = math.nan
+    got = KERNELS[kernel].call(q[..., :2, :], hidden, v, scale=0.3, high=5)
+    assert got.isfinite().all()
+
+
+@every_kernel
+def test_log_sum_exp(kernel: str, device: torch.device) -> None:
+    """What merges attention over two sets of keys: natural, of the scores that a row sees."""
+    q, k, v = heads(5, 40, 16, device)
+    op = {
+        "whole": torch.ops.effopt_triton.flash_attention,
+        "divided": torch.ops.effopt_triton.decode_attention,
+    }[kernel]
+    for more in ({"high": 2}, {"bias": torch.randn(5, 40, device=device), "softcap": 2.0}, {"low": 38}):
+        operands = ops.attention.bind((q, k, v), {"scale": 0.4, **more})
+        _, lse = op(*prepare(operands))
+        scores = (q.double() @ k.double().mT) * 0.4
+        if "bias" in more:
+            scores = 2.0 * torch.tanh(scores / 2.0) + more["bias"].double()
+        apart = torch.arange(40, device=device) - torch.arange(5, device=device)[:, None]
+        seen = (apart <= more.get("high", 40)) & (apart >= more.get("low", -5))
+        expected = scores.masked_fill(~seen, -math.inf).logsumexp(-1)
+        torch.testing.assert_close(lse.double(), expected, rtol=2e-5, atol=1e-5)
+
+
+def test_divided_keys_are_merged_in_one_order(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of parts gives the same within rounding, and the same number the same bits."""
+    q, k, v = heads(3, 200, 16, device, h=4)
+    exact = ops.attention.reference(*map(double, (q, k, v)), scale=0.3)
+    for number in (2, 3, 7):
+        monkeypatch.setattr(decode_attention, "parts", lambda tiles, keys, n=number: n)
+        first, second = (DECODE_ATTENTION.call(q, k, v, scale=0.3) for _ in range(2))
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first.double(), exact, rtol=2e-5, atol=1e-5)
+
+
+def test_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    parts = decode_attention.parts
+    assert parts(8, 100_000) == 32
+    assert parts(1, 1024) == 4
+    assert parts(8, 255) == parts(300, 100_000) == parts(1, 0) == 1
+
+
+def call_of(t: int, s: int, **given: Any) -> AttentionCall:
+    return AttentionCall(*prepare(ops.attention.bind(heads(t, s, 16, "cpu"), {"scale": 1.0, **given})))
+
+
+def test_what_is_never_loaded() -> None:
+    """A fill of a finite number hides keys only where every row keeps a real one."""
+    assert call_of(8, 8, low=-2).hides
+    assert call_of(8, 8, low=-2, high=0, fill=LEAST).hides
+    assert call_of(8, 8, is_causal=True, low=-2, high=4, fill=-1e9).band == (-2, 0)
+    assert not call_of(8, 8, low=-2, high=-1, fill=LEAST).hides  # the first row sees no key
+    assert not call_of(8, 4, low=-2, fill=LEAST).hides  # nor does the last
+    assert not call_of(8, 8, low=-2, high=0, fill=-1e4).hides
+    assert not call_of(8, 8, low=-2, fill=LEAST, mask=torch.ones(8, 8).bool()).hides
+    assert call_of(8, 8, low=-2, fill=LEAST, mask=torch.ones(8, 8).bool(), rows_see_key=True).hides
+    assert not call_of(8, 8, low=-2, fill=LEAST, bias=torch.zeros(8), rows_see_key=True).hides
+
+
+def test_hidden_keys_are_not_read(device: torch.device) -> None:
+    """NaN in values that causality, a band, ids or padding leave to no row of a tile changes nothing."""
+    q, k, v = heads(4, 256, 16, device)
+    spoiled = v.clone()
+    spoiled[..., :64, :], spoiled[..., 192:, :] = math.nan, math.nan
+    at = torch.arange(256, device=device)
+    ids = (at // 64 == 1).long()
+    for more in (
+        {"low": 64, "high": 124},
+        {"mask": (at >= 64) & (at < 192)},
+        {"query_ids": ids[64:68], "key_ids": ids},
+    ):
+        for kernel in KERNELS.values():
+            expected = kernel.call(q, k, v, scale=0.3, **more)
+            assert torch.equal(kernel.call(q, k, spoiled, scale=0.3, **more), expected)
+    assert FLASH_ATTENTION.call(q, k, spoiled, scale=0.3, is_causal=True).isnan().all()
+    spoiled[..., :64, :] = v[..., :64, :]
+    assert FLASH_ATTENTION.call(q, k, spoiled, scale=0.3, is_causal=True).isfinite().all()
+
+
+@st.composite
+def some_calls(draw: st.DrawFn) -> tuple[Sample, bool]:
+    """Small calls with any features at once."""
+    t, s = draw(st.integers(1, 40)), draw(st.integers(1, 70))
+    hkv, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 3)]))
+    d, dv = draw(st.sampled_from([(16, 16), (5, 16), (16, 3)]))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    named: dict[str, Any] = {"scale": 0.4, "zero_masked_rows": draw(st.booleans())}
+    named["fill"] = draw(st.sampled_from([None, LEAST, -1e10, -3.0]))
+    named["is_causal"] = draw(st.booleans())
+    for name in ("low", "high"):
+        named[name] = draw(st.none() | st.integers(-t - 2, s + 2))
+    named["softcap"] = draw(st.sampled_from([0.0, 3.0]))
+    leading = draw(st.sampled_from([(), (1,), (hkv * group, 1), (1, 1, 1), (t,), (1, 1, t)]))
+    if draw(st.booleans()):
+        named["mask"] = torch.rand(*leading, s) > 0.5
+    if draw(st.booleans()):
+        named["bias"] = torch.randn(*leading, draw(st.sampled_from([1, s])))
+    if draw(st.booleans()):
+        named["sinks"] = torch.randn(hkv * group)
+    if draw(st.booleans()):
+        named |= {"query_ids": torch.randint(0, 3, (t,)), "key_ids": torch.randint(0, 3, (s,))}
+    return Sample(heads(t, s, d, "cpu", h=hkv * group, hkv=hkv, dv=dv), named), draw(st.booleans())
+
+
+@given(some_calls())
+@settings(max_examples=30)
+def test_any_features_at_once(drawn: tuple[Sample, bool]) -> None:
+    sample, divided = drawn
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    placed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in sample.kwargs.items()}
+    assert_values("divided" if divided else "whole", Sample(tuple(x.to(device) for x in sample.args), placed))
+
+
+@every_kernel
+def test_opcheck(kernel: str, device: torch.device) -> None:
+    """Schema, fake kernel, and AOTAutograd with dynamic shapes."""
+    name = {"whole": "flash_attention", "divided": "decode_attention"}[kernel]
+    q, k, v = heads(3, 7, 16, device, h=4, hkv=2)
+    operands = ops.attention.bind(
+        (q, k, v), {"scale": 0.3, "low": -4, "mask": torch.ones(3, 7, device=device).bool()}
+    )
+    torch.library.opcheck(getattr(torch.ops.effopt_triton, name).default, prepare(operands))
+
+
+Q = torch.zeros(2, 4, 3, 8)
+K = torch.zeros(2, 2, 5, 8)
+M = torch.ones(3, 5, dtype=torch.bool)
+REFUSED: dict[str, tuple[tuple[Tensor, ...], dict[str, Any], str]] = {
+    "dropout": ((Q, K, K), {"dropout_p": 0.1}, "dropout of 0.1"),
+    "float64": ((Q.double(), K.double(), K.double()), {}, "float32 or narrower"),
+    "mixed dtypes": ((Q.half(), K, K), {}, "wants one dtype"),
+    "long heads": (
+        (Q[..., :1].expand(2, 4, 3, 257), K[..., :1].expand(2, 2, 5, 257), K), {}, "wants 1 to 256",
+    ),
+    "five dimensions": ((Q[None], K[None], K[None]), {}, "wants 2 to 4"),
+    "keys of another head size": ((Q, K[..., :4], K), {}, "wants [b, h, t, d]"),
+    "fewer values than keys": ((Q, K, K[:, :, :4]), {}, "wants [b, h, t, d]"),
+    "heads that do not group": ((Q[:, :3], K, K), {}, "wants [b, h, t, d]"),
+    "one batch of keys": ((Q, K[:1], K[:1]), {}, "wants [b, h, t, d]"),
+    "mask of integers": ((Q, K, K), {"mask": M.int()}, "a mask that is added is a bias"),
+    "mask of other keys": ((Q, K, K), {"mask": M[:, :4]}, "not known to broadcast"),
+    "mask of five dimensions": ((Q, K, K), {"mask": M[None, None, None]}, "not known to broadcast"),
+    "bias in float64": ((Q, K, K), {"bias": torch.zeros(5).double()}, "bias is torch.float64"),
+    "bias of other heads": ((Q, K, K), {"bias": torch.zeros(2, 3, 5)}, "not known to broadcast"),
+    "fill of no number": ((Q, K, K), {"mask": M, "fill": math.nan}, "masked scores become nan"),
+    "sinks of other heads": ((Q, K, K), {"sinks": torch.zeros(2)}, "wants [4]"),
+    "ids of queries alone": ((Q, K, K), {"query_ids": torch.zeros(3).int()}, "wants both or none"),
+    "ids of another length": (
+        (Q, K, K), {"query_ids": torch.zeros(3).int(), "key_ids": torch.zeros(4).int()}, "key_ids is [4]",
+    ),
+    "ids in float": ((Q, K, K), {"query_ids": torch.zeros(3), "key_ids": torch.zeros(5)}, "wants integers"),
+    "ids by batch without a batch": (
+        (Q[0, :2], K[0], K[0]), {"query_ids": torch.zeros(1, 3).int(), "key_ids": torch.zeros(5).int()},
+        "query_ids is [1, 3]",
+    ),
+}  # fmt: skip
+
+
+@every_kernel
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusal_says_why_and_the_call_raises(kernel: str, case: str) -> None:
+    args, kwargs, expected = REFUSED[case]
+    lowering, given_ = KERNELS[kernel], {"scale": 1.0, **kwargs}
+    assert expected in (lowering.supports(H100, ops.attention.bind(args, given_)) or "")
+    with pytest.raises((ValueError, TypeError), match=r"kernel|expected|broadcast"):
+        lowering.call(*args, **given_)
+
+
+@every_kernel
+def test_targets_dtypes_and_training(kernel: str) -> None:
+    lowering, bound = KERNELS[kernel], ops.attention.bind((Q, K, K), {"scale": 1.0})
+    assert lowering in LOWERINGS
+    assert not lowering.differentiable
+    assert lowering.supports(H100, bound) is None
+    assert "no compiled Triton" in (lowering.supports(Target("cpu", "cpu", 1e10, 1e11), bound) or "")
+    assert "is empty" in (lowering.supports(H100, bound | {"query": Q[:0]}) or "")
+    assert "float8" in (lowering.supports(H100, bound | {"key": K.to(torch.float8_e4m3fn)}) or "")
+
+
+def test_symbolic_sizes_add_no_guard() -> None:
+    """Any batch and any numbers of queries and keys; a head size that is a symbol is refused."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return q.sum() + k.sum()
+
+    b, t, s, d = (torch.export.Dim(name) for name in ("b", "t", "s", "d"))
+    for last in (None, d):
+        shapes = (
+            {0: b, 2: t, 3: last} if last else {0: b, 2: t},
+            {0: b, 2: s, 3: last} if last else {0: b, 2: s},
+        )
+        exported = torch.export.export(
+            Attention(), (torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 5, 8)), dynamic_shapes=shapes
+        )
+        q, k = (node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder")
+        guards = len(q.fake_mode.shape_env.guards)
+        bound = ops.attention.bind((q, k, k), {"scale": 1.0, "high": k.shape[2] - q.shape[2]})
+        for lowering in KERNELS.values():
+            reason = lowering.supports(H100, bound)
+            assert (reason is None) == (last is None)
+            assert last is None or "symbolic" in (reason or "")
+            assert lowering.cost(H100, bound, q) > 0
+        assert len(q.fake_mode.shape_env.guards) == guards
+
+
+def chosen(t: int, s: int, training: bool = False, **given: Any) -> str:
+    candidates: list[Lowering] = [*KERNELS.values(), *NATIVE, reference_lowering(ops.attention)]
+    bound = ops.attention.bind(
+        tuple(
+            torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            for shape in ((2, 32, t, 128), (2, 8, s, 128), (2, 8, s, 128))
+        ),
+        {"scale": 0.1, **given},
+    )
+    result = torch.empty(2, 32, t, 128, dtype=torch.bfloat16, device="meta")
+    return choose(candidates, H100, bound, result, training).lowering.name
+
+
+def test_which_lowering_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's kernel where it makes no mask of its own; these where the others would be large."""
+    monkeypatch.undo()
+    sinks, keep = torch.empty(32, device="meta"), torch.empty(4096, 4096, dtype=torch.bool, device="meta")
+    assert chosen(4096, 4096) == chosen(4096, 4096, is_causal=True) == "sdpa"
+    assert chosen(1, 8192) == chosen(4096, 4096, mask=keep, zero_masked_rows=True) == "sdpa"
+    assert chosen(4096, 4096, is_causal=True, softcap=50.0) == "triton"
+    assert chosen(4096, 4096, is_causal=True, sinks=sinks) == "triton"
+    assert chosen(8192, 8192, low=-1023, high=0) == "triton"
+    assert chosen(1, 32768, softcap=50.0) == chosen(1, 32768, low=31744) == "triton-divided"
+    assert chosen(4096, 4096, training=True, softcap=50.0) == "reference"
+
+
+def test_tiles() -> None:
+    for dtype in DTYPES:
+        for head in (16, 64, 80, 128, 256):
+            for dense in (False, True):
+                tiles = [tile_for(rows, head, dtype, dense) for rows in (1, 16, 17, 33, 65, 4096)]
+                assert all(tile.rows >= 16 and tile.keys >= 16 for tile in tiles)
+                assert tiles[0].rows == tiles[1].rows == 16
+    assert attention_tiles.row_tiles(ops.attention.bind((Q, K, K), {"scale": 1.0})) == 4.0
+
+
+@pytest.mark.gpu
+@every_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_on_gpu(kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes of real models, compiled, and parts as they are chosen."""
+    monkeypatch.undo()
+    for t, s, d in ((1, 8192, 128), (1000, 1000, 64), (333, 2000, 256)):
+        for kind, more in kinds(t, s, "cuda", h=8).items():
+            if "sinks of" not in kind:
+                made = heads(t, s, d, "cuda", h=8, hkv=2, dtype=dtype)
+                assert_values(kernel, Sample(made, {"scale": d**-0.5, **more}))
