@@ -245,7 +245,7 @@ def block_attention(
     if is_causal:
         high = torch.sym_min(high, 0)
     floor = -math.inf if fill is None else fill
-    return _forward(  # type: ignore[no-any-return]
+    return _forward(
         *(query, key, value, bias, mask, sinks, query_ids, key_ids),
         *(scale, floor, softcap, low, high, zero_masked_rows, rows_see_key),
     )

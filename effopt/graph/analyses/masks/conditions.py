@@ -134,10 +134,10 @@ def _joined(kind: Any, other: Any, conditions: Iterable[Condition]) -> Condition
         for part in c.of if isinstance(c, kind) else (c,):
             flat[part] = None
     if any(isinstance(c, other) and not c.of for c in flat):
-        return other()  # type: ignore[no-any-return]
+        return other()
     if len(flat) == 1:
         return next(iter(flat))
-    return kind(frozenset(flat))  # type: ignore[no-any-return]
+    return kind(frozenset(flat))
 
 
 def negated(c: Condition) -> Condition:
