@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.backends.triton.attention_tiles import AttentionCall
 from effopt.backends.triton.rows import check_floating, refusal
 from effopt.graph.ops.base import Operands
 from effopt.target import Target
 
 MAX_HEAD_SIZE = 256
 """Longest head that tiles are cut for; a program holds whole heads."""
+Comparison = Callable[[Any, Any], bool]
 
 
 def prepare(operands: Operands) -> tuple[Any, ...]:
@@ -26,7 +29,7 @@ def prepare(operands: Operands) -> tuple[Any, ...]:
     """
     names = ("query", "key", "value", "bias", "sinks")
     check_floating(**{name: operands[name] for name in names})
-    reason = call_refusal(operands)
+    reason = call_refusal(operands, _may_be_same)
     if reason is not None:
         raise ValueError(reason)
     wide = [None if (x := operands[n]) is None else x[(None,) * (4 - x.dim())] for n in (*names[:4], "mask")]
@@ -36,7 +39,29 @@ def prepare(operands: Operands) -> tuple[Any, ...]:
     return (*tensors, operands["scale"], fill, *(operands[name] for name in rest))
 
 
-def call_refusal(operands: Operands) -> str | None:
+def checked(*given: Any) -> AttentionCall:
+    """The call of a custom op, whose sizes are numbers now, also where it was traced with symbols.
+
+    Raises:
+        ValueError: the operands do not fit together.
+    """
+    call = AttentionCall(*given)
+    reason = call_refusal({**vars(call), "dropout_p": 0.0})
+    if reason is not None:
+        raise ValueError(reason)
+    return call
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be the same."""
+    return statically_known_true(a == b)
+
+
+def _may_be_same(a: Any, b: Any) -> bool:
+    return not statically_known_true(a != b)
+
+
+def call_refusal(operands: Operands, same: Comparison = _same) -> str | None:
     """Why the kernels do not take such a call on any target, or None. Adds no guard on symbols."""
     query, key, value = (operands[name] for name in ("query", "key", "value"))
     if operands["dropout_p"]:
@@ -47,26 +72,22 @@ def call_refusal(operands: Operands) -> str | None:
     if not query.dtype == key.dtype == value.dtype or query.dtype == torch.float64:
         dtypes = f"{query.dtype}, {key.dtype} and {value.dtype}"
         return f"query, key and value are {dtypes}; the kernel wants one dtype, float32 or narrower"
-    return _size_refusal(query, key, value) or _mask_refusal(operands)
+    return _size_refusal(query, key, value, same) or _mask_refusal(operands, same)
 
 
-def _same(a: Any, b: Any) -> bool:
-    return statically_known_true(a == b)
-
-
-def _size_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+def _size_refusal(query: Tensor, key: Tensor, value: Tensor, same: Comparison) -> str | None:
     d, dv = query.shape[-1], value.shape[-1]
     if not isinstance(d, int) or not isinstance(dv, int):
         return f"head sizes {d} and {dv} are symbolic, and the kernel wants numbers to cut tiles of"
     if max(d, dv) > MAX_HEAD_SIZE or min(d, dv) < 1:
         return f"head sizes are {d} and {dv}, and the kernel wants 1 to {MAX_HEAD_SIZE}"
-    alike = [_same(d, key.shape[-1]), _same(key.shape[-2], value.shape[-2])]
-    alike += [_same(a, b) for a, b in zip(key.shape[:-2], value.shape[:-2], strict=True)]
+    alike = [same(d, key.shape[-1]), same(key.shape[-2], value.shape[-2])]
+    alike += [same(a, b) for a, b in zip(key.shape[:-2], value.shape[:-2], strict=True)]
     if query.dim() != 4:
-        alike += [_same(a, b) for a, b in zip(query.shape[:-2], key.shape[:-2], strict=True)]
+        alike += [same(a, b) for a, b in zip(query.shape[:-2], key.shape[:-2], strict=True)]
     else:
         h, hkv = query.shape[1], key.shape[1]
-        alike += [_same(query.shape[0], key.shape[0]), _same(h, hkv) or _same(h % hkv, 0)]
+        alike += [same(query.shape[0], key.shape[0]), same(h, hkv) or same(h % hkv, 0)]
     if all(alike):
         return None
     shapes = ", ".join(f"{list(x.shape)}" for x in (query, key, value))
@@ -74,7 +95,7 @@ def _size_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return f"query, key and value are {shapes}, and the kernel wants {wanted}"
 
 
-def _mask_refusal(operands: Operands) -> str | None:
+def _mask_refusal(operands: Operands, same: Comparison) -> str | None:
     """Of what is added to the scores or masks them."""
     query, key = operands["query"], operands["key"]
     full = (*query.shape[:-1], key.shape[-2])
@@ -84,7 +105,7 @@ def _mask_refusal(operands: Operands) -> str | None:
             continue
         sizes = full[len(full) - x.dim() :] if x.dim() <= len(full) else ()
         if len(sizes) != x.dim() or not all(
-            _same(a, 1) or _same(a, b) for a, b in zip(x.shape, sizes, strict=True)
+            same(a, 1) or same(a, b) for a, b in zip(x.shape, sizes, strict=True)
         ):
             return f"{name} is {list(x.shape)}, and is not known to broadcast to {list(full)}"
     mask, sinks, fill = operands["mask"], operands["sinks"], operands["fill"]
@@ -95,12 +116,12 @@ def _mask_refusal(operands: Operands) -> str | None:
     if operands["bias"] is not None and operands["bias"].dtype == torch.float64:
         return "bias is torch.float64, and the kernel wants float32 or narrower"
     heads = query.shape[-3] if query.dim() > 2 else 1
-    if sinks is not None and not (sinks.dim() == 1 and _same(sinks.shape[0], heads)):
+    if sinks is not None and not (sinks.dim() == 1 and same(sinks.shape[0], heads)):
         return f"sinks is {list(sinks.shape)}, and the kernel wants [{heads}], one for each head"
-    return _ids_refusal(operands)
+    return _ids_refusal(operands, same)
 
 
-def _ids_refusal(operands: Operands) -> str | None:
+def _ids_refusal(operands: Operands, same: Comparison) -> str | None:
     query = operands["query"]
     given = {"query_ids": query.shape[-2], "key_ids": operands["key"].shape[-2]}
     if (operands["query_ids"] is None) != (operands["key_ids"] is None):
@@ -109,8 +130,8 @@ def _ids_refusal(operands: Operands) -> str | None:
         x = operands[name]
         if x is None:
             continue
-        fits = x.dim() in ((1, 2) if query.dim() == 4 else (1,)) and _same(x.shape[-1], length)
-        if not fits or (x.dim() == 2 and not (_same(x.shape[0], query.shape[0]) or _same(x.shape[0], 1))):
+        fits = x.dim() in ((1, 2) if query.dim() == 4 else (1,)) and same(x.shape[-1], length)
+        if not fits or (x.dim() == 2 and not (same(x.shape[0], query.shape[0]) or same(x.shape[0], 1))):
             return (
                 f"{name} is {list(x.shape)}, and the kernel wants [{length}], or with a batch [b, {length}]"
             )

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effopt.backends.base import Lowering
-from effopt.backends.triton.attention_refusals import prepare, supports
+from effopt.backends.triton.attention_refusals import checked, prepare, supports
 from effopt.backends.triton.attention_scores import exponential
 from effopt.backends.triton.attention_tiles import (
     PROGRAMS,
@@ -86,7 +86,7 @@ def merge_parts_kernel(
 
 @torch.library.custom_op("effopt_triton::decode_attention", mutates_args=(), schema=SCHEMA)
 def _decode_attention(*given: Any) -> tuple[Tensor, Tensor]:
-    call = AttentionCall(*given)
+    call = checked(*given)
     out, lse = outputs(call)
     divided = parts(call.row_tiles, _keys_seen(call)) if out.numel() > 0 else 0
     if divided == 1:

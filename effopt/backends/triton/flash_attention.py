@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effopt.backends.base import Lowering
-from effopt.backends.triton.attention_refusals import prepare, supports
+from effopt.backends.triton.attention_refusals import checked, prepare, supports
 from effopt.backends.triton.attention_scores import exponential, load_lines, score_block, seen_keys
 from effopt.backends.triton.attention_tiles import AttentionCall, attention_cost, row_tiles
 from effopt.backends.triton.rows import launch
@@ -187,7 +187,7 @@ def attend(
 
 @torch.library.custom_op("effopt_triton::flash_attention", mutates_args=(), schema=SCHEMA)
 def _flash_attention(*given: Any) -> tuple[Tensor, Tensor]:
-    call = AttentionCall(*given)
+    call = checked(*given)
     out, lse = outputs(call)
     if out.numel() > 0:
         attend(call, out, lse)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from effopt.backends.base import Lowering, choose
 from effopt.backends.native import LOWERINGS as NATIVE
@@ -334,6 +335,28 @@ def test_opcheck(kernel: str, device: torch.device) -> None:
         (q, k, v), {"scale": 0.3, "low": -4, "mask": torch.ones(3, 7, device=device).bool()}
     )
     torch.library.opcheck(getattr(torch.ops.effopt_triton, name).default, prepare(operands))
+
+
+@every_kernel
+def test_traced_with_symbolic_sizes(kernel: str, device: torch.device) -> None:
+    """As a graph holds the call: any batch, numbers of queries and keys, and a band that follows them."""
+    lowering, graphs = KERNELS[kernel], []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def last_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return lowering.call(q, k, v, scale=0.3, high=k.shape[2] - q.shape[2], fill=LEAST)
+
+    compiled = torch.compile(last_rows, backend=aot_autograd(fw_compiler=count), fullgraph=True)
+    for b, t, s in ((5, 3, 11), (6, 7, 40)):
+        made = heads(t, s, 16, device, b=b, h=4, hkv=2)
+        for x in made:
+            torch._dynamo.mark_dynamic(x, [0, 2])
+        exact = ops.attention.reference(*map(double, made), scale=0.3, high=s - t, fill=LEAST)
+        torch.testing.assert_close(compiled(*made).double(), exact, rtol=2e-5, atol=1e-5)
+    assert len(graphs) == 1
 
 
 Q = torch.zeros(2, 4, 3, 8)
