@@ -135,6 +135,15 @@ def test_kinds_of_masks(kernel: str, kind: str, device: torch.device) -> None:
 
 
 @every_kernel
+def test_bands_that_end_where_tiles_do(kernel: str, device: torch.device) -> None:
+    made = heads(3, 80, 16, device)
+    keys = tile_for(6, 16, torch.float32, dense=False).keys
+    for apart in range(keys - 4, keys + 2):
+        assert_values(kernel, Sample(made, {"scale": 0.3, "high": apart}))
+        assert_values(kernel, Sample(made, {"scale": 0.3, "low": apart}))
+
+
+@every_kernel
 @pytest.mark.parametrize("d", [16, 40, 64, 80])
 @pytest.mark.parametrize(("t", "s"), [(1, 1), (1, 65), (7, 7), (33, 1), (65, 33)])
 def test_odd_sizes(kernel: str, d: int, t: int, s: int, device: torch.device) -> None:
