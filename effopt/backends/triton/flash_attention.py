@@ -37,27 +37,27 @@ SCHEMA = (
 )
 
 
-@triton.jit(do_not_specialize=["t", "s", "low", "high"])  # they change with each step of a decode
+@triton.jit(do_not_specialize=["t", "s", "low", "high", "parts"])  # they change from step to step of a decode
 def attention_kernel(
     p_query, p_key, p_value, p_bias, p_mask, p_sinks, p_query_ids, p_key_ids, p_out, p_lse, p_total,
     query_strides, key_strides, value_strides, bias_strides, mask_strides, query_ids_stride, key_ids_stride,
-    sink_stride, hkv, group, t, s, low, high,
+    sink_stride, hkv, group, t, s, low, high, parts,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr, FILL: tl.constexpr,
     HIDES: tl.constexpr, CAUSAL: tl.constexpr, MASK_OVER_KEYS: tl.constexpr,
-    ZERO_ROWS: tl.constexpr, SPLITS: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr,
+    ZERO_ROWS: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows over its keys, or over one part of SPLITS of them.
+    """One tile of rows over its keys, or over one of so many parts of them.
 
-    With one part it writes the result and its log-sum-exp; else, in float32 and for each part, the weighted
+    Without p_total it writes the result and its log-sum-exp; else, in float32 and for each part, the weighted
     sum of values, the greatest score (to p_lse) and the sum of weights.
     """
     tiles = tl.cdiv(t * group, ROWS)
     # The last queries first: under causality they see most keys, and should not begin when all others end.
     i_tile = tiles - 1 - tl.program_id(0) % tiles
-    i_split = (tl.program_id(0) // tiles) % SPLITS
-    i_line = tl.program_id(0) // (tiles * SPLITS)
+    i_split = (tl.program_id(0) // tiles) % parts
+    i_line = tl.program_id(0) // (tiles * parts)
     i_b, i_hkv = (i_line // hkv).to(tl.int64), (i_line % hkv).to(tl.int64)
     o_row = i_tile * ROWS + tl.arange(0, ROWS)
     m_row = o_row < t * group
@@ -97,8 +97,8 @@ def attention_kernel(
     # In tiles of keys.
     stop = tl.where(stop > first, tl.cdiv(stop, KEYS), 0)
     first = tl.minimum(first // KEYS, stop)
-    if SPLITS > 1:
-        part = tl.cdiv(stop - first, SPLITS)
+    if p_total is not None:
+        part = tl.cdiv(stop - first, parts)
         first = tl.minimum(first + i_split * part, stop)
         stop = tl.minimum(first + part, stop)
     whole_first = tl.minimum(tl.maximum(tl.cdiv(whole_first, KEYS), first), stop)
@@ -146,8 +146,8 @@ def attention_kernel(
 
     o_line = (i_b * hkv * group + o_head) * t + o_t
     m_out = m_row[:, None] & (o_dv < VALUE_HEAD)[None, :]
-    if SPLITS > 1:
-        heads = (tl.num_programs(0) // (tiles * SPLITS)).to(tl.int64) * group
+    if p_total is not None:
+        heads = (tl.num_programs(0) // (tiles * parts)).to(tl.int64) * group
         o_line += i_split * heads * t
         tl.store(p_total + o_line, b_total, mask=m_row)
         tl.store(p_lse + o_line, b_peak, mask=m_row)
@@ -178,10 +178,9 @@ def attend(
         parts * call.row_tiles,
         out,
         *(*call.tensors(), out, lse, total),
-        *call.numbers(),
+        *(*call.numbers(), parts),
         **call.options(),
         ZERO_ROWS=call.zero_masked_rows,
-        SPLITS=parts,
     )
 
 

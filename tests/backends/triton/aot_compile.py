@@ -145,7 +145,7 @@ def attention_case(
     value_head = value_head or head
     options = {"SCALE": 0.125, "SOFTCAP": 0.0, "UNIT": attention_tiles.LOG2_E, "FILL": float("-inf")}
     options |= {"HIDES": False, "CAUSAL": False, "MASK_OVER_KEYS": False, "ZERO_ROWS": False}
-    options |= {"SPLITS": splits, "HEAD": head, "VALUE_HEAD": value_head}
+    options |= {"HEAD": head, "VALUE_HEAD": value_head}
     blocks = [triton.next_power_of_2(max(16, n)) for n in (head, value_head)]
     given = dict(ATTENTION[feature])
     tile = attention_tiles.tile_for(queries, max(head, value_head), DTYPES[dtype], dense="bias" in given)
