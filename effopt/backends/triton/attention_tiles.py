@@ -48,7 +48,7 @@ def tile_for(rows: int, head: int, dtype: torch.dtype, dense: bool) -> Attention
 
     Sixteen rows are the least that matrix units take. What limits the rest is registers: a thread holds its
     part of the sums, of the scores and of their weights, and the addresses of all that it loads, those of a
-    bias or mask `[t, s]` if the call is `dense`. At most 32 bytes a thread are spilled, and a program takes
+    bias or mask `[t, s]` if the call is `dense`. At most 40 bytes a thread are spilled, and a program takes
     at most 96 KiB of shared memory, 64 on gfx942: tests/backends/triton/test_aot.py has these bounds.
     """
     wide = triton.next_power_of_2(max(16, head))

@@ -22,9 +22,9 @@ MATRIX_SHARED_BYTES = 48 * 1024
 ATTENTION_SHARED_BYTES = 96 * 1024
 """And attention the rows that it holds. Less than the 99 KiB that a program may ask for on the least of
 sm_8x; on gfx942 a program has 64 KiB."""
-ATTENTION_SPILL_BYTES = 32
+ATTENTION_SPILL_BYTES = 40
 """Its largest tiles take all 255 registers of sm_80, or 256 of gfx942, and up to five values more; and ptxas
-puts eight away on its own account to stay at 128."""
+puts ten away on its own account, with a bias at a head size of 256, to stay at 128."""
 
 
 def compile_all(*words: str) -> list[dict[str, Any]]:
