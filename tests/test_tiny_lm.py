@@ -188,6 +188,17 @@ def test_a_stage_may_grow_but_not_change_behind_the_run(tmp_path: Path) -> None:
         again.resume(tmp_path / "state.pt", other)
 
 
+def test_training_goes_on_from_the_weights_of_the_checkpoint() -> None:
+    trained = tiny.load()
+    run = train.Run.start(tiny.config(), 1, "sdpa", 1e-3, tiny.CHECKPOINT)
+    assert run.step == 0
+    assert run.model.training
+    for ours, theirs in zip(run.model.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    plan = schedule.Plan.parse("128x2:1")
+    assert train.train_step(run, train.loss_of, plan, 1, 1e-3, 0.0)["bits"] < 4  # of 8 without training
+
+
 def test_the_rate_warms_up_and_decays_to_nothing() -> None:
     plan, _ = small("64x1:4,64x1:4:decay")
     rates = [plan.rate(step) for step in range(plan.steps)]

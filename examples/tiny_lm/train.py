@@ -41,10 +41,11 @@ class Run:
     """Held-out bits per byte and recall, measured now and then."""
 
     @classmethod
-    def start(cls, of: Any, seed: int, attention: str, rate: float) -> Run:
+    def start(cls, of: Any, seed: int, attention: str, rate: float, weights: Path | None = None) -> Run:
+        """At step 0; with `weights`, those of a checkpoint, of which the optimizers know nothing yet."""
         torch.manual_seed(seed)
-        model = tiny.build(of, attention).train()
-        return cls(model, optimizers(model, rate), 0, [], [])
+        model = tiny.build(of, attention) if weights is None else tiny.load(weights, attention=attention)
+        return cls(model.train(), optimizers(model, rate), 0, [], [])
 
     def save(self, path: Path, plan: Plan) -> None:
         state = {
@@ -155,11 +156,14 @@ def draw(run: Run, path: Path) -> None:
     pyplot.close(figure)
 
 
-def described(run: Run, plan: Plan, seed: int, rate: float, recall_share: float) -> dict[str, Any]:
+def described(
+    run: Run, plan: Plan, seed: int, rate: float, recall_share: float, weights: Path | None
+) -> dict[str, Any]:
     """What was trained, and the command that does it again in one go."""
     return {
         "command": f"python examples/tiny_lm/train.py --folder RUN --plan {plan.done(run.step)} "
-        f"--rate {rate} --recall-share {recall_share} --seed {seed}",
+        f"--rate {rate} --recall-share {recall_share} --seed {seed}"
+        + (f" --weights {weights}" if weights is not None else ""),
         "is_decay_complete": plan.stages[-1].is_decay and run.step == plan.steps,
         "steps": run.step,
         "tokens": plan.tokens_before(run.step),
@@ -173,6 +177,9 @@ def main(
     plan: Annotated[str, typer.Option(help="LENGTHxSIZE:STEPS,... the last may end in :decay")],
     folder: Annotated[Path, typer.Option(help="where the state, the log and the results are kept")],
     resume: Annotated[bool, typer.Option(help="go on from the state in --folder")] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="begin with the weights of a checkpoint; take another --seed")
+    ] = None,
     backend: Annotated[str, typer.Option(help="of torch.compile; eager compiles nothing")] = "inductor",
     attention_: Annotated[
         str, typer.Option("--attention", help="causal-blocks (faster here) or sdpa")
@@ -188,7 +195,7 @@ def main(
     attention.register()
     folder.mkdir(parents=True, exist_ok=True)
     whole = Plan.parse(plan)
-    run, state = Run.start(tiny.config(), seed, attention_, rate), folder / "state.pt"
+    run, state = Run.start(tiny.config(), seed, attention_, rate, weights), folder / "state.pt"
     if resume:
         run.resume(state, whole)
     elif state.exists():
@@ -210,7 +217,7 @@ def main(
             run.save(state, whole)
     run.save(state, whole)
     tiny.save(run.model, folder)
-    told = json.dumps(described(run, whole, seed, rate, recall_share), indent=1)
+    told = json.dumps(described(run, whole, seed, rate, recall_share, weights), indent=1)
     (folder / "training.json").write_text(told)
     print(f"step {run.step} of {whole.steps}; state, weights and log are in {folder}")
     if find_spec("matplotlib") is None:
