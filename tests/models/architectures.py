@@ -9,12 +9,19 @@ row of `ARCHITECTURES` adds what its configuration calls by another name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers
+
+
+def sampled(names: Iterable[Any], *fast: Any) -> list[Any]:
+    """All of them as parameters, but only `fast` ones in `make test`; `make sweep` runs the others."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 100,

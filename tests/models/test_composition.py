@@ -15,7 +15,7 @@ from torch import nn
 
 import effopt
 from effopt.graph.tolerances import tolerance_of
-from tests.models.architectures import build, main_output
+from tests.models.architectures import build, main_output, sampled
 from tests.models.eager_twin import relative, twin_of
 from tests.models.plain import Plain
 
@@ -194,7 +194,7 @@ def test_identity_settings_are_exact() -> None:
 
 
 @pytest.mark.parametrize("length", [None, 24], ids=["dynamic", "static"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mixtral", "t5"])
+@pytest.mark.parametrize("name", sampled(["llama", "qwen3", "gpt2", "mixtral", "t5"], "llama", "t5"))
 def test_generated_tokens_equal_the_twin(name: str, length: int | None) -> None:
     """Everything at once, with a cache of what is left: prefill and decode are graphs of one model."""
     request = Request(0.5, 2, 8, 16)

@@ -147,6 +147,7 @@ def test_results_of_layers_may_be_outputs() -> None:
     assert seen.paths == [["layer 0", "layer 1", "layer 2"]]
 
 
+@pytest.mark.slow
 def test_ten_thousand_nodes() -> None:
     x, layers = torch.randn(2, 5, WIDTH), weights(450, *BLOCK)
     held: list[GraphModule] = []

@@ -22,6 +22,7 @@ from effopt.graph.rewrite import PassResult
 from effopt.passes.base import Context, GraphPass, Stage
 from effopt.passes.kv.share_kv_across_layers import ShareKVAcrossLayers
 from tests.models import architectures
+from tests.models.architectures import sampled
 from tests.models.eager_twin import relative, twin_of
 from tests.models.plain import Plain
 from tests.test_caches import generate, kv_bytes, model_of, ordinary, prompt
@@ -158,7 +159,7 @@ def planned(model: Any, spec: str = NAME) -> effopt.Plan:
 
 @pytest.mark.parametrize("made_by", ["transformers", "cache_for"])
 @pytest.mark.parametrize("length", [None, 40], ids=["dynamic", "static"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", sampled(["llama", "gpt2", "mixtral"], "llama"))
 def test_generate(name: str, length: int | None, made_by: str) -> None:
     model: Any = model_of(name)
     oracle: Any = twin_of(model, share=2)
