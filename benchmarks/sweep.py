@@ -1,7 +1,7 @@
 """Capture over many `transformers` architectures: one row a model, mode and pipeline.
 
     python benchmarks/sweep.py [--names llama,gpt2] [--modes inference,training,dynamic]
-                               [--pipelines none,default] [--lowering eager|auto]
+                               [--pipelines none,default] [--lowering eager|auto] [--layers 2]
 
 Each row tells the graphs that Dynamo gave (with effopt and with the backend `eager`, which must be
 equal), those that were refused and why, nodes, attention ops recognised, seconds of capture, and the
@@ -99,12 +99,19 @@ def batches_of(name: str, inputs: dict[str, Any], mode: str) -> list[Any]:
     return [{k: v[:, :n] for k, v in inputs.items()} for n in (12, 10, 7)]
 
 
-def measure(name: str, attn: str, mode: str, pipeline: str, lowering: str) -> Row:
+def depth(name: str, layers: int) -> dict[str, int]:
+    """Configuration entries for this many layers, by the name that the architecture has for them."""
+    config = (ARCHITECTURES.get(name) or MORE[name]).config
+    own = [entry for entry in ("n_layer", "num_layers") if entry in config]
+    return dict.fromkeys(own or ["num_hidden_layers"], layers)
+
+
+def measure(name: str, attn: str, mode: str, pipeline: str, lowering: str, layers: int) -> Row:
     """Run one model as it is and compiled."""
     row = Row(name, mode, pipeline)
     try:
         torch._dynamo.reset()
-        model, inputs = build(name, attn)
+        model, inputs = build(name, attn, **depth(name, layers))
         model.train(mode == "training")
         batches = batches_of(name, inputs, mode)
         expected, expected_gradients = run(model, model, batches, mode)
@@ -137,7 +144,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
     for name in arguments.names or [*ARCHITECTURES, *MORE]:
         for mode in arguments.modes:
             for pipeline in arguments.pipelines:
-                yield measure(name, arguments.attn, mode, pipeline, arguments.lowering)
+                yield measure(name, arguments.attn, mode, pipeline, arguments.lowering, arguments.layers)
 
 
 def main() -> None:
@@ -148,6 +155,7 @@ def main() -> None:
     parser.add_argument("--pipelines", type=words, default=["none", "default"])
     parser.add_argument("--attn", default="sdpa")
     parser.add_argument("--lowering", default="eager")
+    parser.add_argument("--layers", type=int, default=2)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -9,6 +9,7 @@ program order. The result is the graph that tracing everything gives, node for n
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,8 +47,8 @@ def export_in_blocks(
     for node in module.graph.nodes:
         if "example_value" in node.meta:
             node.meta["val"] = node.meta["example_value"]
-    numbers = frozenset(n for n in calls if _is_given_number(n))
-    barriers = frozenset(n for n in calls if not _is_plain(n)) - numbers
+    numbers = _given_numbers(calls)
+    barriers = frozenset(n for n in calls if n not in numbers and not _is_plain(n))
     carrying = frozenset(n for n in calls if isinstance(val(n), torch.Tensor) and val(n).requires_grad)
     runs = [
         r for r in blocks(module.graph, barriers, carrying, numbers).runs if r.saved_nodes >= _LEAST_SAVED
@@ -99,16 +100,28 @@ def _is_plain(node: Node) -> bool:
     )
 
 
+def _given_numbers(calls: Sequence[Node]) -> dict[Node, Any]:
+    """The float attributes of the model, which `dynamic=True` makes inputs that are read with `item()`.
+
+    Each with what is known of it: its present value, and what the program asked of it so far. Where that
+    is the same for two layers, so is what tracing makes of them, and the guards that it stands on.
+    """
+    found = {n: val(n).node for n in calls if _is_given_number(n)}
+    asked: dict[str, list[str]] = {str(number.expr): [] for number in found.values()}
+    for guard in next(iter(found.values())).shape_env.guards if found else ():
+        for symbol in map(str, guard.expr.free_symbols):
+            if symbol in asked:
+                asked[symbol].append(re.sub(rf"\b{symbol}\b", "it", str(guard.expr)))
+    return {
+        node: (number.hint, number.expr.is_number, sorted(asked[str(number.expr)]))
+        for node, number in found.items()
+    }
+
+
 def _is_given_number(node: Node) -> bool:
-    """A float attribute of the model: `dynamic=True` makes it an input, and reads it with `item()`."""
-    (source,) = node.all_input_nodes if len(node.all_input_nodes) == 1 else (None,)
-    return (
-        node.target == "item"
-        and source is not None
-        and source.op == "placeholder"
-        and isinstance(val(node), torch.SymFloat)
-        and val(node).node.hint is not None
-    )
+    sources = node.all_input_nodes
+    is_read = node.target == "item" and len(sources) == 1 and sources[0].op == "placeholder"
+    return is_read and isinstance(val(node), torch.SymFloat) and val(node).node.hint is not None
 
 
 def _sources(run: Run) -> Iterator[Node]:

@@ -231,6 +231,22 @@ def test_each_layer_keeps_the_number_that_is_its_own(asks: bool) -> None:
             torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_a_number_that_the_model_asked_for_is_not_that_of_other_layers() -> None:
+    """Dynamo settles it when it is compared: a constant in the first layer, still an input in the others."""
+
+    class Asking(DeepScaled):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x + 1.0 if self.layers[0].number == 0.5 else x)
+
+    torch.manual_seed(0)
+    model, x = Asking([0.5] * 6).eval(), torch.randn(3, 8)
+    compiled = torch.compile(model, backend="effopt", dynamic=True, options={"lowering": "eager"})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        model.layers[2].number = 0.25
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_layers_of_other_numbers_are_other_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = DeepScaled([0.5, 0.25] * 4).eval(), torch.randn(3, 8)
     with torch.no_grad():

@@ -11,8 +11,9 @@ answered correctly, only with fewer blocks.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def blocks(
     graph: Graph,
     barriers: frozenset[Node] = frozenset(),
     marked: frozenset[Node] = frozenset(),
-    given: frozenset[Node] = frozenset(),
+    given: Mapping[Node, Any] = MappingProxyType({}),
     smallest: int = 6,
 ) -> Blocks:
     """Find the repeated blocks of a graph.
@@ -57,8 +58,8 @@ def blocks(
         barriers: nodes that no block may contain; blocks end before and begin after them.
         marked: nodes that differ from the others in a way the graph does not show, such as carrying
             a gradient; a marked node is never equal to an unmarked one.
-        given: calls that are as good as inputs: no block contains one, none is cut by one, and two of
-            one present value are equal operands.
+        given: calls that are as good as inputs, with what two of them must share to be equal operands: no
+            block contains one, and none is cut by one.
         smallest: fewest nodes of a block.
     """
     nodes = [n for n in graph.nodes if n.op in ("call_function", "call_method") and n not in given]
@@ -80,12 +81,12 @@ def blocks(
     return Blocks(tuple(sorted(runs, key=lambda r: -r.saved_nodes)))
 
 
-def _token(node: Node, marked: frozenset[Node], given: frozenset[Node]) -> Any:
+def _token(node: Node, marked: frozenset[Node], given: Mapping[Node, Any]) -> Any:
     """What two nodes must share to be the same step of two copies of a block."""
 
     def describe(value: Any) -> Any:
-        if value in given:
-            return ("given", val(value).node.hint)
+        if isinstance(value, Node) and value in given:
+            return ("given", given[value])
         return ("node", _signature(val(value)), value in marked) if isinstance(value, Node) else value
 
     arguments = map_aggregate((node.args, tuple(sorted(node.kwargs.items()))), describe)
