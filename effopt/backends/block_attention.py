@@ -237,6 +237,8 @@ def block_attention(
     high: int | None = None,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
+    anchors: int | None = None,
+    prefix: int | None = None,
 ) -> Tensor:
     """`ops.attention` without the keys that no row of a block sees; arguments as there."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -258,6 +260,8 @@ def _supports(target: Target, operands: Operands) -> str | None:
         return f"wants a batch and heads, 4 dimensions, got {operands['query'].dim()}"
     if operands["dropout_p"]:
         return "has no dropout"
+    if operands["anchors"] is not None or operands["prefix"] is not None:
+        return "first keys that the band or ids do not mask are not skipped to"
     stepwise = bool(operands["softcap"]) or operands["sinks"] is not None
     if all(operands[name] is None for name in ("low", "high", "query_ids")) and not (
         operands["is_causal"] and stepwise

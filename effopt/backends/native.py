@@ -47,11 +47,14 @@ def sdpa(
     high: int | None = None,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
+    anchors: int | None = None,
+    prefix: int | None = None,
 ) -> Tensor:
     """`ops.attention` through `scaled_dot_product_attention`; arguments as there."""
     if bias is not None:
         bias = bias.to(torch.promote_types(bias.dtype, query.dtype))
-    seen = open_keys(query.shape[-2], key.shape[-2], query.device, low, high, query_ids, key_ids)
+    t, s = query.shape[-2], key.shape[-2]
+    seen = open_keys(t, s, query.device, low, high, query_ids, key_ids, anchors, prefix)
     if seen is not None:
         mask = seen if mask is None else mask & seen
     allowed = _mask_for_kernel(bias, mask)

@@ -46,7 +46,7 @@ def checked(*given: Any) -> AttentionCall:
         ValueError: the operands do not fit together.
     """
     call = AttentionCall(*given)
-    reason = call_refusal({**vars(call), "dropout_p": 0.0})
+    reason = call_refusal({**vars(call), "dropout_p": 0.0, "anchors": None, "prefix": None})
     if reason is not None:
         raise ValueError(reason)
     return call
@@ -66,6 +66,8 @@ def call_refusal(operands: Operands, same: Comparison = _same) -> str | None:
     query, key, value = (operands[name] for name in ("query", "key", "value"))
     if operands["dropout_p"]:
         return f"dropout of {operands['dropout_p']:g}, and the kernel has none"
+    if operands["anchors"] is not None or operands["prefix"] is not None:
+        return "first keys that the band or ids do not mask, and the kernel has none"
     if not 2 <= query.dim() <= 4 or not query.dim() == key.dim() == value.dim():
         ranks = f"{query.dim()}, {key.dim()} and {value.dim()}"
         return f"query, key and value have {ranks} dimensions, and the kernel wants 2 to 4, the same of each"

@@ -141,6 +141,8 @@ def decode_attention(
     high: int | None = None,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
+    anchors: int | None = None,
+    prefix: int | None = None,
 ) -> Tensor:
     """`ops.attention` by two kernels, keys divided; arguments as of `flash_attention`."""
     given = prepare({**locals()})

@@ -217,6 +217,8 @@ def flash_attention(
     high: int | None = None,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
+    anchors: int | None = None,
+    prefix: int | None = None,
 ) -> Tensor:
     """`ops.attention` by one kernel; arguments as there, of any strides, up to float32, without dropout."""
     given = prepare({**locals()})

@@ -21,7 +21,18 @@ from effopt.graph.normalize import view_root
 from effopt.graph.rewrite import Reject, require
 from effopt.graph.values import MUTATED, is_floating, shape_of
 
-SCORE_TERMS = ("mask", "bias", "is_causal", "softcap", "low", "high", "query_ids", "key_ids")
+SCORE_TERMS = (
+    "mask",
+    "bias",
+    "is_causal",
+    "softcap",
+    "low",
+    "high",
+    "query_ids",
+    "key_ids",
+    "anchors",
+    "prefix",
+)
 """What must be the same of two attentions over the same keys: it says which keys a query sees."""
 
 

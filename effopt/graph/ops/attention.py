@@ -1,7 +1,8 @@
 """Scaled dot-product attention with everything that models add to it.
 
     scores = softcap(scale * query @ key^T) + bias
-    open   = mask and low <= key index - query index <= high and query_ids == key_ids
+    apart  = key index - query index, anchor = key index < anchors, ahead = key index < prefix
+    open   = mask and (low <= apart or anchor) and (apart <= high or ahead) and (ids are equal or anchor)
     scores = open ? scores : fill, causal
     out    = dropout(softmax([scores, sinks])[..., :s]) @ value
 
@@ -34,18 +35,24 @@ def open_keys(
     high: Optional[int] = None,
     query_ids: Optional[Tensor] = None,
     key_ids: Optional[Tensor] = None,
+    anchors: Optional[int] = None,
+    prefix: Optional[int] = None,
 ) -> Optional[Tensor]:
     """Which of `s` keys each of `t` queries sees by band and ids: `[t, s]` or `[b, 1, t, s]`; None: all."""
-    seen: Optional[Tensor] = None
-    if low is not None or high is not None:
-        apart = torch.arange(s, device=device) - torch.arange(t, device=device).unsqueeze(-1)
-        seen = None if low is None else apart >= low
-        if high is not None:
-            seen = apart <= high if seen is None else seen & (apart <= high)
+    keys = torch.arange(s, device=device)
+    apart = keys - torch.arange(t, device=device).unsqueeze(-1)
+    conditions: list[tuple[Tensor, Optional[int]]] = []
+    if low is not None:
+        conditions.append((apart >= low, anchors))
+    if high is not None:
+        conditions.append((apart <= high, prefix))
     if query_ids is not None and key_ids is not None:
         same = query_ids.unsqueeze(-1) == key_ids.unsqueeze(-2)
-        same = same.unsqueeze(1) if same.dim() == 3 else same
-        seen = same if seen is None else seen & same
+        conditions.append((same.unsqueeze(1) if same.dim() == 3 else same, anchors))
+    seen: Optional[Tensor] = None
+    for condition, always in conditions:
+        condition = condition if always is None else condition | (keys < always)
+        seen = condition if seen is None else seen & condition
     return seen
 
 
@@ -57,9 +64,14 @@ def band_share(operands: Operands) -> float:
     high = min(high, 0) if operands["is_causal"] else high
     if not t or not s:
         return 1.0
+    anchors, ahead = (0 if operands[name] is None else hint(operands[name]) for name in ("anchors", "prefix"))
     rows = [round(i * (t - 1) / 63) for i in range(64)]
-    spans = (min(s - 1, row + high) - max(0, row + low) + 1 for row in rows)
-    return sum(max(0, span) for span in spans) / (64 * s)
+    lasts = (min(s - 1, max(row + high, 0 if operands["is_causal"] else ahead - 1)) for row in rows)
+    seen = 0
+    for row, last in zip(rows, lasts, strict=True):
+        first = max(0, row + low)
+        seen += max(0, last - first + 1) + max(0, min(anchors, first, last + 1))
+    return seen / (64 * s)
 
 
 def _flops(operands: Operands, _: Any) -> float:
@@ -95,6 +107,11 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterable[Sample]:
         )
         ids = [torch.arange(n, device=device).expand(b, n) // 6 for n in (t, s)]
         yield Sample((q, k, v), {"scale": 0.5, "high": 2, "query_ids": ids[0], "key_ids": ids[1]})
+        window = {"low": s - t - 5, "high": s - t, "anchors": 3}
+        yield Sample((q, k, v), {"scale": 0.5, **window})
+        yield Sample((q, k, v), {"scale": 0.5, "high": s - t, "prefix": 9})
+        packed = {"query_ids": ids[0], "key_ids": ids[1], "anchors": 1}
+        yield Sample((q, k, v), {"scale": 0.5, "is_causal": t == s, **packed})
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
@@ -151,6 +168,8 @@ def attention(
     high: Optional[int] = None,
     query_ids: Optional[Tensor] = None,
     key_ids: Optional[Tensor] = None,
+    anchors: Optional[int] = None,
+    prefix: Optional[int] = None,
 ) -> Tensor:
     """Attention of `query` over `key` and `value`.
 
@@ -172,6 +191,8 @@ def attention(
         high: keys after query index + high are masked likewise.
         query_ids: integers `[t]` or `[b, t]` (for 4 dimensions): keys of another id are masked likewise.
         key_ids: `[s]` or `[b, s]`; given if and only if `query_ids` is.
+        anchors: the first so many keys are not masked by `low` and ids.
+        prefix: the first so many keys are not masked by `high`.
 
     Returns:
         `[b, h, t, dv]`, contiguous, dtype of `query`. The softmax accumulates in float32 or wider.
@@ -186,7 +207,7 @@ def attention(
         scores = scores + bias
     floor = float("-inf") if fill is None else fill
     t, s = query.shape[-2], key.shape[-2]
-    for seen in (mask, open_keys(t, s, query.device, low, high, query_ids, key_ids)):
+    for seen in (mask, open_keys(t, s, query.device, low, high, query_ids, key_ids, anchors, prefix)):
         if seen is not None:
             scores = torch.where(seen, scores, floor)
     if is_causal:
@@ -196,3 +217,7 @@ def attention(
     if dropout_p:
         weights = torch.dropout(weights, dropout_p, True)
     return torch.matmul(weights, value)
+
+
+OPTIONS: tuple[str, ...] = tuple(a.name for a in attention.overload._schema.arguments if a.kwarg_only)
+"""Names of all arguments but the three operands, for passes that capture and hand on a whole call."""

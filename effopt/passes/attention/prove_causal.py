@@ -20,14 +20,11 @@ import torch
 
 from effopt.graph import ops
 from effopt.graph.analyses import masks
+from effopt.graph.ops.attention import OPTIONS
 from effopt.graph.pattern import Capture, OpBuilder, tensor
 from effopt.graph.rewrite import Emit, Match, require
 from effopt.passes.base import Example, Rewrite, Stage
 
-_OPTIONS = (
-    *("scale", "bias", "mask", "fill", "is_causal", "softcap"),
-    *("sinks", "dropout_p", "zero_masked_rows", "rows_see_key", "low", "high", "query_ids", "key_ids"),
-)
 _MASKED = -1e30
 
 
@@ -42,7 +39,7 @@ class ProveCausal(Rewrite):
         return (ops.attention.overload,)
 
     def pattern(self, op: OpBuilder, q: Any, k: Any, v: Any) -> Any:
-        options = {name: Capture(name) for name in _OPTIONS}
+        options = {name: Capture(name) for name in OPTIONS}
         return op["effopt.attention"](tensor(q), tensor(k), tensor(v), **options)
 
     def legal(self, m: Match) -> None:
@@ -58,7 +55,7 @@ class ProveCausal(Rewrite):
         )
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
-        kept = {name: m.captures[name] for name in _OPTIONS}
+        kept = {name: m.captures[name] for name in OPTIONS}
         kept |= {str(_causal_operand(m)): None, "is_causal": True}
         if kept["mask"] is None:
             kept["fill"] = None

@@ -19,14 +19,10 @@ import torch
 
 from effopt.graph import ops
 from effopt.graph.analyses import masks
+from effopt.graph.ops.attention import OPTIONS
 from effopt.graph.pattern import Capture, OpBuilder, tensor
 from effopt.graph.rewrite import Emit, Match, require
 from effopt.passes.base import Example, Rewrite, Stage
-
-_OPTIONS = (
-    *("scale", "bias", "mask", "fill", "is_causal", "softcap"),
-    *("sinks", "dropout_p", "zero_masked_rows", "rows_see_key", "low", "high", "query_ids", "key_ids"),
-)
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class ProveRowsSeeKey(Rewrite):
         return (ops.attention.overload,)
 
     def pattern(self, op: OpBuilder, q: Any, k: Any, v: Any) -> Any:
-        options = {name: Capture(name) for name in _OPTIONS}
+        options = {name: Capture(name) for name in OPTIONS}
         return op["effopt.attention"](tensor(q), tensor(k), tensor(v), **options)
 
     def legal(self, m: Match) -> None:
@@ -61,7 +57,7 @@ class ProveRowsSeeKey(Rewrite):
         require(proved, reason if masks.is_mask(operand) else "", operand)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
-        kept = {name: m.captures[name] for name in _OPTIONS} | {"rows_see_key": True}
+        kept = {name: m.captures[name] for name in OPTIONS} | {"rows_see_key": True}
         return emit(
             ops.attention, m.q, m.k, m.v, **{k: v for k, v in kept.items() if v not in (None, False, 0.0)}
         )

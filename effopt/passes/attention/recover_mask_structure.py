@@ -28,14 +28,10 @@ from effopt.graph import ops
 from effopt.graph.analyses.masks import Band
 from effopt.graph.driver import apply_rewrite
 from effopt.graph.mask_structure import Plan, plan, write
+from effopt.graph.ops.attention import OPTIONS
 from effopt.graph.pattern import Capture, OpBuilder, tensor
 from effopt.graph.rewrite import Emit, Match, PassResult, require
 from effopt.passes.base import Context, Example, Rewrite, Stage
-
-_OPTIONS = (
-    *("scale", "bias", "mask", "fill", "is_causal", "softcap", "sinks", "dropout_p"),
-    *("zero_masked_rows", "rows_see_key", "low", "high", "query_ids", "key_ids"),
-)
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class RecoverMaskStructure(Rewrite):
         return (ops.attention.overload,)
 
     def pattern(self, op: OpBuilder, q: Any, k: Any, v: Any) -> Any:
-        options = {name: Capture(name) for name in _OPTIONS}
+        options = {name: Capture(name) for name in OPTIONS}
         return op["effopt.attention"](tensor(q), tensor(k), tensor(v), **options)
 
     def apply(self, module: GraphModule, context: Context) -> PassResult:
@@ -70,7 +66,7 @@ class RecoverMaskStructure(Rewrite):
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
         found = self._plan(m)
-        kept = {name: m.captures[name] for name in _OPTIONS} | write(emit, found, m.q, m.k, m.mask)
+        kept = {name: m.captures[name] for name in OPTIONS} | write(emit, found, m.q, m.k, m.mask)
         if kept["mask"] is None and found.band == Band() and found.groups is None:
             kept["fill"] = None
         kept["rows_see_key"] = found.rows_see_key and not m.is_causal

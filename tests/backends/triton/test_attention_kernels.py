@@ -66,7 +66,7 @@ def assert_values(kernel: str, sample: Sample) -> None:
 @every_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_samples(kernel: str, dtype: torch.dtype, device: torch.device) -> None:
-    samples = list(ops.attention.samples(dtype, device))
+    samples = [s for s in ops.attention.samples(dtype, device) if not {"anchors", "prefix"} & s.kwargs.keys()]
     for sample in (*samples[:18], samples[-2]) if dtype == torch.float32 else samples[:9]:
         assert_values(kernel, sample)
 
