@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Node
 
 from effopt.errors import OptionError, unknown
 from effopt.graph.driver import apply_rewrite
+from effopt.graph.held_masks import HeldMasks
 from effopt.graph.pattern import OpBuilder
 from effopt.graph.rewrite import Approve, Emit, Match, PassResult
 from effopt.graph.weights import DerivedWeights
@@ -57,6 +58,8 @@ class Context:
     """Constants derived from parameters."""
     plans: Plans = field(default_factory=Plans)
     """Decisions of passes that plan: those given, and those taken in this graph."""
+    masks: HeldMasks = field(default_factory=HeldMasks)
+    """What is known of buffers, and guarded."""
 
 
 @dataclass(frozen=True)

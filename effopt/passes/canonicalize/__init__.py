@@ -13,9 +13,11 @@ from effopt.passes.canonicalize.recognize_rope import RecognizeRoPE
 from effopt.passes.canonicalize.recognize_sdpa_call import RecognizeSDPACall
 from effopt.passes.canonicalize.shield_softmax import ShieldSoftmax
 from effopt.passes.canonicalize.spell_einsum import SpellEinsum
+from effopt.passes.canonicalize.spell_mask_buffers import SpellMaskBuffers
 from effopt.passes.canonicalize.spell_softmax import SpellSoftmax
 
 PASSES: tuple[type[Pass], ...] = (
+    SpellMaskBuffers,
     SpellEinsum,
     SpellSoftmax,
     RecognizeAttention,
