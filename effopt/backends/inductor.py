@@ -22,6 +22,9 @@ from effopt.backends.outline import OUTLINED
 _invoke = torch.ops.higher_order.invoke_subgraph
 _checkpoint = torch.ops.higher_order.tag_activation_checkpoint
 
+# Inductor's slots for passes of others.
+_BEFORE_LOWERING, _AFTER_FUSION = "post_grad_custom_pre_pass", "_post_fusion_custom_pass"
+
 
 def compile_graph(
     module: GraphModule, inputs: Sequence[Any], options: Mapping[str, Any], identity: str
@@ -38,15 +41,20 @@ def compile_graph(
     import torch._inductor as inductor
     from torch._inductor import config
 
+    from effopt.backends.kernel_files import ShareFiles  # imports all of Inductor
+
     marked = {**config.unsafe_marked_cacheable_functions, "effopt": identity}
     for node in module.graph.nodes:
         if node.op == "call_function" and getattr(node.target, "__module__", "").startswith("effopt"):
             marked[f"{node.target.__module__}.{node.target.__name__}"] = identity
     _name_constants(module)
+    # The user's own come from the options, else from Inductor's configuration at this moment.
+    theirs = {slot: options.get(slot, getattr(config, slot)) for slot in (_BEFORE_LOWERING, _AFTER_FUSION)}
     patches = {
         **options,
         "unsafe_marked_cacheable_functions": marked,
-        "post_grad_custom_pre_pass": _first(SettleAliases(), options.get("post_grad_custom_pre_pass")),
+        _BEFORE_LOWERING: _first(SettleAliases(), theirs[_BEFORE_LOWERING]),
+        _AFTER_FUSION: theirs[_AFTER_FUSION] or ShareFiles(),
     }
     with _own_buffers(module), _known_to_write_nothing(module):
         compiled: Callable[..., Any] = inductor.compile(module, list(inputs), options=patches)
