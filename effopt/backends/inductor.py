@@ -13,6 +13,7 @@ import torch
 import torch._functorch.config as functorch_config
 import torch.utils.checkpoint
 from torch._dynamo.source import ConstantSource
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule
 
@@ -41,24 +42,34 @@ def compile_graph(
     import torch._inductor as inductor
     from torch._inductor import config
 
-    from effopt.backends.kernel_files import ShareFiles  # imports all of Inductor
-
     marked = {**config.unsafe_marked_cacheable_functions, "effopt": identity}
     for node in module.graph.nodes:
         if node.op == "call_function" and getattr(node.target, "__module__", "").startswith("effopt"):
             marked[f"{node.target.__module__}.{node.target.__name__}"] = identity
     _name_constants(module)
     # The user's own come from the options, else from Inductor's configuration at this moment.
-    theirs = {slot: options.get(slot, getattr(config, slot)) for slot in (_BEFORE_LOWERING, _AFTER_FUSION)}
+    theirs = options.get(_BEFORE_LOWERING, getattr(config, _BEFORE_LOWERING))
     patches = {
         **options,
         "unsafe_marked_cacheable_functions": marked,
-        _BEFORE_LOWERING: _first(SettleAliases(), theirs[_BEFORE_LOWERING]),
-        _AFTER_FUSION: theirs[_AFTER_FUSION] or ShareFiles(),
+        _BEFORE_LOWERING: _first(SettleAliases(), theirs),
+        **_shared_files(options.get(_AFTER_FUSION) or getattr(config, _AFTER_FUSION, None)),
     }
     with _own_buffers(module), _known_to_write_nothing(module):
         compiled: Callable[..., Any] = inductor.compile(module, list(inputs), options=patches)
     return compiled
+
+
+def _shared_files(theirs: Any) -> dict[str, Any]:
+    """The setting that has kernels share files: not beside a pass of the user's, nor on torch 2.11.
+
+    There a pass in this slot has no identity, and Inductor would stop caching.
+    """
+    if theirs is not None or not hasattr(custom_graph_pass, "CustomSchedulerPass"):
+        return {}
+    from effopt.backends.kernel_files import ShareFiles  # imports all of Inductor
+
+    return {_AFTER_FUSION: ShareFiles()}
 
 
 def run_eagerly(module: GraphModule) -> Callable[..., Any]:

@@ -14,6 +14,10 @@ from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import fresh_cache
 
+from effopt.backends.inductor import _shared_files
+
+if not _shared_files(None):
+    pytest.skip("this torch gives a pass after fusion no identity for its cache", allow_module_level=True)
 from effopt.backends import kernel_files
 from effopt.backends.kernel_files import KernelFiles
 
