@@ -218,10 +218,12 @@ def test_a_last_layer_with_an_unread_result_is_outlined_in_training_too() -> Non
 
 
 def test_the_subgraph_operator_is_left_as_it_was() -> None:
-    operator = torch.ops.higher_order.invoke_subgraph
-    before = dict(vars(operator))
+    operator, flag = torch.ops.higher_order.invoke_subgraph, "_supports_training_input_mutation"
+    if not hasattr(operator, flag):
+        pytest.skip("this torch has no such flag on the operator, so there is nothing to leave alone")
+    before = getattr(operator, flag)
     loss = torch.compile(PreNorm(3), backend="effopt")(torch.randn(2, 32)).sum()
-    assert vars(operator)["_supports_training_input_mutation"] == before["_supports_training_input_mutation"]
+    assert getattr(operator, flag) == before
     loss.backward()
 
 
