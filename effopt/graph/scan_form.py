@@ -22,8 +22,10 @@ from effopt.graph.analyses.factors import (
     Axes,
     Operand,
     aligned,
+    by_letter,
     call_of,
     factors,
+    letters_of,
     name_of,
     order_of,
     peeled,
@@ -171,6 +173,8 @@ def _readout(series: Any, where: Node) -> tuple[Axes, Operand | None]:
         return _matrix_product(args, where)
     if target is _aten.sum.dim_IntList:
         return _sum(args, where)
+    if target is _aten.einsum.default:
+        return _einsum(args[0], args[1], where)
     axes, c = _readout(args[0], where)
     if target in (_aten._to_copy.default, *COPIES):
         return axes, c
@@ -188,7 +192,7 @@ def _readout(series: Any, where: Node) -> tuple[Axes, Operand | None]:
 
 
 def _matrix_product(args: Sequence[Any], where: Node) -> tuple[Axes, Operand | None]:
-    has_state = [isinstance(x, Series) and any(isinstance(y, State) for y in leaves(x)) for x in args[:2]]
+    has_state = [_reads_state(x) for x in args[:2]]
     require(has_state.count(True) == 1, "its read-out multiplies states", where)
     at = has_state.index(True)
     axes, c = _readout(args[at], where)
@@ -206,7 +210,7 @@ def _sum(args: Sequence[Any], where: Node) -> tuple[Axes, Operand | None]:
     call = call_of(summand)
     require(call is not None and call[0] is _aten.mul.Tensor, "its read-out sums something else", where)
     assert call is not None
-    has_state = [isinstance(x, Series) and any(isinstance(y, State) for y in leaves(x)) for x in call[1]]
+    has_state = [_reads_state(x) for x in call[1]]
     require(has_state.count(True) == 1, "its read-out multiplies states", where)
     at = has_state.index(True)
     axes, c = _readout(call[1][at], where)
@@ -215,6 +219,31 @@ def _sum(args: Sequence[Any], where: Node) -> tuple[Axes, Operand | None]:
     require(is_sum, f"its read-out sums over {dims}, not over n", where)
     read = _operand(call[1][1 - at], aligned(axes, call[1][1 - at], summand), where)
     return (*axes[:dim], *([None] if keep else []), *axes[dim + 1 :]), read
+
+
+def _einsum(equation: str, operands: Sequence[Any], where: Node) -> tuple[Axes, Operand | None]:
+    has_state = [_reads_state(x) for x in operands]
+    words = letters_of(equation)
+    require(
+        words is not None and has_state in ([True, False], [False, True]),
+        f"its read-out is {equation}",
+        where,
+    )
+    assert words is not None
+    at = has_state.index(True)
+    axes, c = _readout(operands[at], where)
+    sizes = shape_of(where) if isinstance(operands[at], State) else sizes_of(operands[at])
+    known = dict(zip(words[0][at], zip(axes, sizes, strict=True), strict=True))
+    other = words[0][1 - at]
+    summed = [known[x][0] for x in known if x not in words[1]]
+    is_sum = c is None and summed == ["n"] and not set(other) - set(known)
+    require(is_sum, f"its read-out is {equation}, not one sum over n", where)
+    read = _operand(operands[1 - at], by_letter(operands[1 - at], other, known), where)
+    return tuple(known[x][0] for x in words[1]), read
+
+
+def _reads_state(value: Any) -> bool:
+    return isinstance(value, Series) and any(isinstance(leaf, State) for leaf in leaves(value))
 
 
 def _operand(value: Any, axes: Axes, where: Node) -> Operand:

@@ -40,16 +40,41 @@ def factors(value: Any, axes: Axes, whole: Collection[frozenset[str]], where: No
     is_whole = None not in axes and frozenset(axes) in whole
     if isinstance(value, Node) and is_whole:
         return [Operand(value, axes)]
-    call = call_of(value)
-    require(
-        call is not None and call[0] is _aten.mul.Tensor,
-        f"{name_of(value)} by {told(axes)} is no product",
-        where,
-    )
-    assert call is not None
-    for factor in call[1]:
+    product = _product_of(value, axes)
+    require(product is not None, f"{name_of(value)} by {told(axes)} is no product", where)
+    assert product is not None
+    for factor, _ in product:
         require(isinstance(factor, Series | Node), f"a number, {factor}, is a factor", where)
-    return [f for factor in call[1] for f in factors(factor, aligned(axes, factor, value), whole, where)]
+    return [f for factor, its in product for f in factors(factor, its, whole, where)]
+
+
+def letters_of(equation: str) -> tuple[list[str], str] | None:
+    """The axes of the operands and of the result of an `einsum`; None if one of them has an axis twice."""
+    given, arrow, result = equation.replace(" ", "").partition("->")
+    operands = given.split(",")
+    is_plain = bool(arrow) and all(x.isalpha() and len(set(x)) == len(x) for x in (*operands, result))
+    return (operands, result) if is_plain else None
+
+
+def _product_of(value: Any, axes: Axes) -> list[tuple[Any, Axes]] | None:
+    """The operands of a product, and their axes; None if it is none, or sums."""
+    call = call_of(value)
+    if call is not None and call[0] is _aten.mul.Tensor:
+        both = call[1][:2]
+        return [(x, aligned(axes, x, value) if isinstance(x, Series | Node) else ()) for x in both]
+    if call is None or call[0] is not _aten.einsum.default:
+        return None
+    letters = letters_of(call[1][0])
+    if letters is None or any(set(x) - set(letters[1]) for x in letters[0]):
+        return None
+    sizes = dict(zip(letters[1], zip(axes, sizes_of(value), strict=True), strict=True))
+    return [(x, by_letter(x, word, sizes)) for x, word in zip(call[1][1], letters[0], strict=True)]
+
+
+def by_letter(operand: Any, word: str, known: dict[str, tuple[str | None, Any]]) -> Axes:
+    """The axes of an operand of `einsum`, of the axis and size that each letter is `known` for."""
+    pairs = zip(word, sizes_of(operand), strict=True)
+    return tuple(known[x][0] if statically_known_true(known[x][1] == size) else None for x, size in pairs)
 
 
 def peeled(value: Any, axes: Axes) -> tuple[Any, Axes]:

@@ -10,7 +10,6 @@ from effopt.backends.triton import selective_scan as kernels
 from effopt.backends.triton.selective_scan import SELECTIVE_SCAN
 from effopt.graph import ops
 from effopt.graph.ops import Sample
-
 from tests.backends.triton.calls import assert_gradients, assert_values, wanting_gradients
 
 
