@@ -34,7 +34,7 @@ from effopt.graph.analyses.factors import (
 )
 from effopt.graph.analyses.lockstep import Along, Series, State, leaves
 from effopt.graph.analyses.recurrences import Recurrence
-from effopt.graph.rewrite import Emit, require
+from effopt.graph.rewrite import Emit, Reject, require
 from effopt.graph.values import is_floating, shape_of, val
 
 _aten = torch.ops.aten
@@ -88,6 +88,22 @@ def read(found: Recurrence) -> Scan:
             is_floating(operand.node), f"{operand.node.name} is not a real floating-point tensor", found.last
         )
     return Scan(u, delta, a, b, c, axes, backwards)
+
+
+def covered(found: Recurrence) -> tuple[Node, ...]:
+    """Every call that a scan takes the place of: the loop, and the products that its steps read parts of."""
+    try:
+        scan = read(found)
+    except Reject:
+        return found.nodes
+    operands = {operand.node for operand in (scan.u, scan.delta, scan.a, scan.b, scan.c)}
+    nodes, waiting = set(found.nodes), list(found.sources)
+    while waiting:
+        node = waiting.pop()
+        if node not in nodes and node not in operands and node.op == "call_function":
+            nodes.add(node)
+            waiting.extend(node.all_input_nodes)
+    return tuple(sorted(nodes))
 
 
 def write(emit: Emit, found: Recurrence, scan: Scan) -> tuple[Node, Node]:

@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from effopt.graph.analyses.recurrences import recurrences
 from effopt.graph.driver import apply_found
 from effopt.graph.rewrite import Emit, Match, PassResult
-from effopt.graph.scan_form import read, write
+from effopt.graph.scan_form import covered, read, write
 from effopt.passes.base import Context, Example, GraphPass, Stage
 
 
@@ -42,7 +42,7 @@ class RecognizeSelectiveScan(GraphPass):
     def apply(self, module: GraphModule, context: Context) -> PassResult:
         """Each loop that is a linear recurrence, and a scan."""
         found = recurrences(module.graph)
-        matches = [Match(r.last, r.nodes, {"found": r}) for r in found.recurrences]
+        matches = [Match(r.last, covered(r), {"found": r}) for r in found.recurrences]
         result = apply_found(self, module, matches, context.approve)
         for miss in found.misses:
             if miss.node is not None:

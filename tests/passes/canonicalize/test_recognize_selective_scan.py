@@ -88,7 +88,7 @@ def test_prefill_with_a_cache_and_a_step_of_decoding() -> None:
 
 @pytest.mark.parametrize(("layers", "lowering"), [(1, "auto"), (2, "eager")])
 def test_gradients_of_a_model(layers: int, lowering: str) -> None:
-    """Inductor has one layer: of two, outlined, torch 2.13 fails in its own backward, with this pass or not."""
+    """Inductor has one layer: of two, outlined, torch 2.13 fails in its backward, with this pass or not."""
     model = mamba(num_hidden_layers=layers).train()
     weights = list(model.parameters())
     want = torch.autograd.grad(model(ids(16), use_cache=False).logits.square().sum(), weights)
