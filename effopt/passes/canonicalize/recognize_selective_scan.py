@@ -8,7 +8,7 @@
 Exact: the same sums, in float32 or wider. Decays and inputs may be formed of all steps at once or in each
 step, in any order of factors; read-outs by `matmul`, a sum or `einsum`, collected by `stack`, `cat` or
 writes; from the first step to the last or back. The loop's length is that of the traced call, as in the
-model. No training needed. Saves most of the graph (seven calls a step), and two tensors of [b, d, t, n].
+model. No training needed. Saves most of the graph (eight calls a step), and two tensors of [b, d, t, n].
 
 Source: Gu & Dao 2023, arXiv:2312.00752, section 3.3.
 """
