@@ -10,6 +10,7 @@ from effopt.graph.ops.quantized_embedding import quantized_embedding
 from effopt.graph.ops.quantized_linear import quantized_linear
 from effopt.graph.ops.rms_norm import add_rms_norm, rms_norm
 from effopt.graph.ops.rope import rope
+from effopt.graph.ops.selective_scan import selective_scan
 
 OPS: tuple[Op, ...] = (
     attention,
@@ -23,6 +24,7 @@ OPS: tuple[Op, ...] = (
     quantized_linear,
     int8_linear,
     quantized_embedding,
+    selective_scan,
 )
 
 __all__ = [
@@ -41,4 +43,5 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rope",
+    "selective_scan",
 ]

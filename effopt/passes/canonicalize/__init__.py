@@ -11,6 +11,7 @@ from effopt.passes.canonicalize.recognize_linear import RecognizeLinear
 from effopt.passes.canonicalize.recognize_rms_norm import RecognizeRMSNorm
 from effopt.passes.canonicalize.recognize_rope import RecognizeRoPE
 from effopt.passes.canonicalize.recognize_sdpa_call import RecognizeSDPACall
+from effopt.passes.canonicalize.recognize_selective_scan import RecognizeSelectiveScan
 from effopt.passes.canonicalize.shield_softmax import ShieldSoftmax
 from effopt.passes.canonicalize.spell_einsum import SpellEinsum
 from effopt.passes.canonicalize.spell_mask_buffers import SpellMaskBuffers
@@ -28,5 +29,6 @@ PASSES: tuple[type[Pass], ...] = (
     RecognizeGLU,
     RecognizeRoPE,
     RecognizeLinear,
+    RecognizeSelectiveScan,
     ShieldSoftmax,
 )

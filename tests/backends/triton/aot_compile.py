@@ -36,6 +36,7 @@ from effopt.backends.triton import (
     rms_norm,
     rope,
     rows,
+    selective_scan,
 )
 
 TARGETS = {
@@ -191,8 +192,26 @@ def more_attention_cases() -> Iterator[Case]:
     yield attention_case("fp32", 4096, 128, "bias, filled")
 
 
+def scan_cases() -> Iterator[Case]:
+    """The state of Mamba, and the largest."""
+    total = {
+        f"p_{name}": "*fp32" for name in ("last", "kept", "grad_last", "scratch", "da", "db", "dc", "dstart")
+    }
+    for dtype, n in (("bf16", 16), ("fp32", selective_scan.MAX_STATE)):
+        options = {"CHUNK": selective_scan.CHUNK, "CHANNELS": selective_scan.channels_for(n)}
+        options |= {"STATE": n, "ACC": tl.float32, "num_warps": selective_scan.WARPS, "types": total}
+        kernel = selective_scan.selective_scan_kernel
+        yield f"selective_scan-{dtype}-{n}", kernel, dtype, options | {"p_start": None}
+        yield (
+            f"selective_scan_backward-{dtype}-{n}",
+            selective_scan.selective_scan_backward_kernel,
+            dtype,
+            options,
+        )
+
+
 ROW_CASES = (*norm_cases(), *glu_cases(), *rope_cases())
-MATRIX_CASES = (*quantized_linear_cases(), *int8_linear_cases(), *attention_cases())
+MATRIX_CASES = (*quantized_linear_cases(), *int8_linear_cases(), *attention_cases(), *scan_cases())
 MORE_CASES = {f"more-{case[0]}": case for case in more_attention_cases()}
 """Compiled only where a word asks for them: `more` does."""
 CASES = {case[0]: case for case in (*ROW_CASES, *MATRIX_CASES)} | MORE_CASES
