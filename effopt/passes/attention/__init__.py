@@ -5,7 +5,14 @@ from __future__ import annotations
 from effopt.passes.attention.prove_causal import ProveCausal
 from effopt.passes.attention.prove_rows_see_key import ProveRowsSeeKey
 from effopt.passes.attention.recover_mask_structure import RecoverMaskStructure
+from effopt.passes.attention.split_attention_by_axis import SplitAttentionByAxis
 from effopt.passes.attention.split_shared_prefix import SplitSharedPrefix
 from effopt.passes.base import Pass
 
-PASSES: tuple[type[Pass], ...] = (ProveCausal, RecoverMaskStructure, ProveRowsSeeKey, SplitSharedPrefix)
+PASSES: tuple[type[Pass], ...] = (
+    ProveCausal,
+    SplitAttentionByAxis,
+    RecoverMaskStructure,
+    ProveRowsSeeKey,
+    SplitSharedPrefix,
+)
