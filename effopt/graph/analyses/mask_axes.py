@@ -50,41 +50,40 @@ def lines_of(mask: Node, t: Any, s: Any) -> Lines:
     """The lines that a mask, or a bias that only hides, divides queries and keys into. Raises `Reject`."""
     form = masks.opening(mask)
     groups = [term for term in form.terms if isinstance(term, masks.Groups)] if form else []
-    if form is None or not groups:
-        found = _evaluated(mask)
-        require(found is not None, "", mask)
-        assert found is not None
-        return found
+    found = _grid(groups[0]) if len(groups) == 1 else None
+    if form is None or found is None:
+        known = _evaluated(mask)
+        require(len(groups) < 2 or known is not None, "the mask has groups of two kinds", mask)
+        values = "the groups of the mask are not rows or columns of positions counted from 0"
+        require(known is not None, values if groups else "", mask)
+        assert known is not None
+        return known
+    width, are_columns = found
     sizes = f"{t} queries and {s} keys are not known to be the same positions"
     require(type(t) is int and type(s) is int and t == s, sizes, mask)
-    require(len(groups) == 1, "the mask has groups of two kinds", mask)
-    found = _grid(groups[0], t)
-    values = "the groups of the mask are not rows or columns of positions counted from 0"
-    require(found is not None, values, mask)
-    assert found is not None
-    uneven = f"{t} positions are not whole rows of {found.width}"
-    require(found.width < t and t % found.width == 0, uneven, mask)
+    require(width < t and t % width == 0, f"{t} positions are not whole rows of {width}", mask)
     rest = [term for term in form.terms if term is not groups[0]]
-    also = f"the mask is more than {'columns' if found.are_columns else 'rows'} of {found.width}"
+    also = f"the mask is more than {'columns' if are_columns else 'rows'} of {width}"
     require(rest in ([], [_CAUSAL]), f"{also}: only causality is kept within them", mask)
-    return Lines(found.width, t, found.are_columns, bool(rest))
+    return Lines(width, t, are_columns, bool(rest))
 
 
 _CAUSAL = masks.Band(high=whole(0))
 
 
-def _grid(groups: masks.Groups, t: int) -> Lines | None:
+def _grid(groups: masks.Groups) -> tuple[int, bool] | None:
+    """Columns of the grid, and whether its lines are those."""
     widths = {atom.by for atom, _ in groups.query.terms if isinstance(atom, Quotient)}
     for width in widths:
         for are_columns in (False, True):
-            lines = [_line(axis, t, width, are_columns) for axis in ("query", "key")]
-            if [groups.query, groups.key] == lines:
-                return Lines(width, t, are_columns)
+            lines = [_line(axis, width, are_columns) for axis in ("query", "key")]
+            if [groups.query, groups.key] in (lines, [line * -1 for line in lines]):
+                return width, are_columns
     return None
 
 
-def _line(axis: str, t: int, width: int, is_column: bool) -> Sum:
-    at = of(Axis(axis, t))
+def _line(axis: str, width: int, is_column: bool) -> Sum:
+    at = of(Axis(axis, 2))  # of any size but 1: it is not compared
     return at - quotient(at, width) * width if is_column else quotient(at, width)
 
 
