@@ -142,9 +142,6 @@ def _has_key(runs: tuple[Run, ...]) -> bool:
 
 @dataclass(frozen=True)
 class _InTraining(SplitSharedPrefix):
-    """Refuses what inference rewrites."""
-
     def legal(self, m: Match) -> None:
         super().legal(m)
-        reason = "training: no kernel here gives gradients to the log-sum-exp that joins the parts"
-        require(False, reason, m.root)
+        require(False, "training: no kernel here gives gradients to a log-sum-exp", m.root)
