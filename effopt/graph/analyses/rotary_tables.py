@@ -15,7 +15,6 @@ import torch
 from torch.fx import Node
 
 from effopt.graph import ops
-from effopt.graph.constants import constant_number
 from effopt.graph.rewrite import require
 from effopt.graph.values import is_floating, shape_of, val
 
@@ -30,7 +29,10 @@ _VIEWS = {
 _LOOKUPS = {_aten.index.Tensor, _aten.embedding.default, _aten.index_select.default}
 _JOINS = {_aten.cat.default, _aten.stack.default}
 _FACTORS = {_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar}
-_PRODUCTS = {_aten.mul.Tensor, _aten.matmul.default, _aten.bmm.default, _aten.outer.default}
+_PRODUCTS = {
+    *(_aten.mul.Tensor, _aten.matmul.default, _aten.bmm.default, _aten.outer.default),
+    _aten.einsum.default,
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ def table_of(rope: Node) -> RotaryTable:
     products = [_source(a.args[0], _PRODUCTS) for a in angles]
     same = f"cos and sin are of {products[0].name} and {products[1].name}, not of the same angles"
     require(products[0] is products[1], same, rope)
-    sides = products[0].args[:2]
+    args: Any = products[0].args
+    sides = args[1] if products[0].target is _aten.einsum.default else args[:2]
+    require(len(sides) == 2, f"{products[0].name} is a product of {len(sides)} tensors", rope)
     moved = [_is_position(side) for side in sides]
     which = f"which operand of {products[0].name} holds positions: none, or both, are whole numbers"
     require(moved.count(True) == 1, which, rope)
@@ -93,10 +97,16 @@ def _factored(node: Node) -> Node | None:
     if node.target not in _FACTORS:
         return None
     a, b = node.args[:2]
-    if constant_number(b) is not None and isinstance(a, Node):
+    if _is_number(b) and isinstance(a, Node):
         return a
-    turned = node.target is _aten.mul.Tensor and constant_number(a) is not None
+    turned = node.target is _aten.mul.Tensor and _is_number(a)
     return b if turned and isinstance(b, Node) else None
+
+
+def _is_number(operand: Any) -> bool:
+    """Whether an operand is one number. With dynamic sizes Dynamo hands numbers in as inputs."""
+    value = val(operand)
+    return not isinstance(value, torch.Tensor) or value.dim() == 0
 
 
 def _is_position(node: Any) -> bool:
