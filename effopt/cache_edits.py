@@ -70,7 +70,7 @@ def turned(keys: Tensor, frequencies: Tensor, shift: int, pairs: bool) -> Tensor
     angle = angle.repeat_interleave(2) if pairs else torch.cat((angle, angle))
     wide = torch.promote_types(keys.dtype, torch.float32)
     cos, sin = angle.cos().to(wide), angle.sin().to(wide)
-    return ops.rope.reference(keys.to(wide), cos, sin, interleaved=pairs).to(keys.dtype)  # type: ignore[no-any-return]
+    return ops.rope.reference(keys.to(wide), cos, sin, interleaved=pairs).to(keys.dtype)
 
 
 def _frequencies(model: nn.Module) -> Tensor:
@@ -82,7 +82,8 @@ def _frequencies(model: nn.Module) -> Tensor:
     kind = getattr(found[0], "rope_type", "default")
     if kind in _MOVING:
         raise EffoptError(f"the rotation is {kind!r}: its frequencies hang on the length of the text")
-    return found[0].inv_freq
+    frequencies: Any = found[0].inv_freq
+    return frequencies
 
 
 def _is_by_pairs(model: nn.Module, frequencies: Tensor, layers: int) -> bool:
@@ -103,8 +104,8 @@ def _is_by_pairs(model: nn.Module, frequencies: Tensor, layers: int) -> bool:
             if all(same):
                 return pairs
     raise EffoptError(
-        f"{type(model).__name__} does not turn the keys of every layer by its `inv_freq` alone, so they cannot"
-        " be moved"
+        f"{type(model).__name__} does not turn the keys of every layer by its `inv_freq` alone, so that they"
+        " cannot be moved"
     )
 
 
