@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
+from effopt.backends.attention_parts import LOWERINGS as ATTENTION_PARTS
 from effopt.backends.base import Lowering
 from effopt.backends.block_attention import LOWERINGS as BLOCK_ATTENTION
 from effopt.backends.chunked_scan import LOWERINGS as CHUNKED_SCAN
@@ -39,4 +40,5 @@ def effopt_lowerings() -> Sequence[Lowering]:
     from effopt.backends.triton import LOWERINGS as TRITON
 
     native = (*BLOCK_ATTENTION, *NATIVE, *QUANTIZED, *INT8_PRODUCTS, *CHUNKED_SCAN)
+    native = (*BLOCK_ATTENTION, *NATIVE, *QUANTIZED, *INT8_PRODUCTS, *ATTENTION_PARTS)
     return (*TRITON, *native, *(reference_lowering(op) for op in OPS))

@@ -12,6 +12,7 @@ from effopt.backends.base import Lowering
 LOWERINGS: tuple[Lowering, ...] = ()
 
 if find_spec("triton") is not None:
+    from effopt.backends.triton.attention_lse import ATTENTION_LSE
     from effopt.backends.triton.decode_attention import DECODE_ATTENTION
     from effopt.backends.triton.flash_attention import FLASH_ATTENTION
     from effopt.backends.triton.glu import GLU
@@ -31,3 +32,5 @@ if find_spec("triton") is not None:
         DECODE_ATTENTION,
         SELECTIVE_SCAN,
     )
+    LOWERINGS = (*ROW_KERNELS, QUANTIZED_LINEAR, INT8_LINEAR, FLASH_ATTENTION, DECODE_ATTENTION)
+    LOWERINGS = (*LOWERINGS, ATTENTION_LSE)

@@ -1,11 +1,13 @@
 """The canonical ops, one a file. A new meaning is a file here and a line below."""
 
 from effopt.graph.ops.attention import attention
+from effopt.graph.ops.attention_lse import attention_lse
 from effopt.graph.ops.base import Op, Operands, Sample
 from effopt.graph.ops.glu import glu
 from effopt.graph.ops.int8_linear import int8_linear
 from effopt.graph.ops.layer_norm import add_layer_norm, layer_norm
 from effopt.graph.ops.linear import linear
+from effopt.graph.ops.merge_attention import merge_attention
 from effopt.graph.ops.quantized_embedding import quantized_embedding
 from effopt.graph.ops.quantized_linear import quantized_linear
 from effopt.graph.ops.rms_norm import add_rms_norm, rms_norm
@@ -14,6 +16,8 @@ from effopt.graph.ops.selective_scan import selective_scan
 
 OPS: tuple[Op, ...] = (
     attention,
+    attention_lse,
+    merge_attention,
     rms_norm,
     add_rms_norm,
     layer_norm,
@@ -35,10 +39,12 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_lse",
     "glu",
     "int8_linear",
     "layer_norm",
     "linear",
+    "merge_attention",
     "quantized_embedding",
     "quantized_linear",
     "rms_norm",

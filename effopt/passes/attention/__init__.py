@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from effopt.passes.attention.prove_causal import ProveCausal
 from effopt.passes.attention.prove_rows_see_key import ProveRowsSeeKey
+from effopt.passes.attention.rebase_positions import RebasePositions
 from effopt.passes.attention.recover_mask_structure import RecoverMaskStructure
+from effopt.passes.attention.scale_positions import ScalePositions
+from effopt.passes.attention.split_attention_by_axis import SplitAttentionByAxis
+from effopt.passes.attention.split_shared_prefix import SplitSharedPrefix
 from effopt.passes.base import Pass
 
-PASSES: tuple[type[Pass], ...] = (ProveCausal, RecoverMaskStructure, ProveRowsSeeKey)
+PASSES: tuple[type[Pass], ...] = (
+    ProveCausal,
+    SplitAttentionByAxis,
+    RecoverMaskStructure,
+    ProveRowsSeeKey,
+    SplitSharedPrefix,
+    ScalePositions,
+    RebasePositions,
+)
