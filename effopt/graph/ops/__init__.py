@@ -1,18 +1,27 @@
 """The canonical ops, one a file. A new meaning is a file here and a line below."""
 
+from effopt.graph.ops.antidiagonal_blocks import antidiagonal_blocks
 from effopt.graph.ops.attention import attention
 from effopt.graph.ops.base import Op, Operands, Sample
+from effopt.graph.ops.block_sparse_attention import block_sparse_attention
+from effopt.graph.ops.fixed_blocks import local_blocks, strided_blocks
 from effopt.graph.ops.glu import glu
 from effopt.graph.ops.int8_linear import int8_linear
 from effopt.graph.ops.layer_norm import add_layer_norm, layer_norm
 from effopt.graph.ops.linear import linear
 from effopt.graph.ops.quantized_embedding import quantized_embedding
 from effopt.graph.ops.quantized_linear import quantized_linear
+from effopt.graph.ops.region_blocks import region_blocks
 from effopt.graph.ops.rms_norm import add_rms_norm, rms_norm
 from effopt.graph.ops.rope import rope
 
 OPS: tuple[Op, ...] = (
     attention,
+    block_sparse_attention,
+    antidiagonal_blocks,
+    local_blocks,
+    strided_blocks,
+    region_blocks,
     rms_norm,
     add_rms_norm,
     layer_norm,
@@ -32,13 +41,18 @@ __all__ = [
     "Sample",
     "add_layer_norm",
     "add_rms_norm",
+    "antidiagonal_blocks",
     "attention",
+    "block_sparse_attention",
     "glu",
     "int8_linear",
     "layer_norm",
     "linear",
+    "local_blocks",
     "quantized_embedding",
     "quantized_linear",
+    "region_blocks",
     "rms_norm",
     "rope",
+    "strided_blocks",
 ]
