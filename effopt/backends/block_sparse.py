@@ -1,9 +1,9 @@
 """Attention over selected blocks of keys on a CPU: what is not selected is not read.
 
-A block of queries of one head and its selected blocks of keys are one small attention. Those with equally many
-blocks, and the same edge, are gathered and run together: one `scaled_dot_product_attention` over all of them.
-At most one block of a row has an edge: that of the queries themselves under causality, or the ragged last one;
-in ascending order it is the last. All others need no mask.
+A block of queries of one head and its selected blocks of keys are one small attention. Those with as many
+blocks, and the same edge, are gathered and run together: one `scaled_dot_product_attention` for all of them.
+At most one block of a row has an edge: that of the queries themselves under causality, or the ragged last
+one; in ascending order it is the last. All others need no mask.
 
 Source: Dao et al. 2022, arXiv:2205.14135, section 3.3 (blocks that are not selected are not read).
 """
@@ -195,7 +195,7 @@ def _supports(target: Target, operands: Operands) -> str | None:
 
 
 def _cost(target: Target, operands: Operands, result: Any) -> float:
-    """The roofline of what is selected, more for what is gathered, and a constant for each block of queries."""
+    """The roofline of what is selected, more for gathering it, and a constant for each block of queries."""
     op, query = ops.block_sparse_attention, operands["query"]
     work = op.flops(operands, result) * _GATHER * (_STEPWISE if operands["softcap"] else 1.0)
     moved = op.bytes_moved(operands, result)
