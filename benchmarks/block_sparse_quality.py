@@ -4,7 +4,7 @@
     python benchmarks/block_sparse_quality.py --page     # and the table of docs/sparse-attention.md
 
 Density is counted, not predicted: of the pairs of query and key that causality leaves open, the share that
-lies in selected blocks, over all calls of all layers. FLOPs of choosing are a share of those of dense attention.
+lies in selected blocks, over all calls of all layers. FLOPs of choosing are a share of those of dense ones.
 The texts are the first held-out ones of examples/tiny_lm, read in windows of its context. Nothing is timed.
 """
 

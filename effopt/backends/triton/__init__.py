@@ -12,6 +12,7 @@ from effopt.backends.base import Lowering
 LOWERINGS: tuple[Lowering, ...] = ()
 
 if find_spec("triton") is not None:
+    from effopt.backends.triton.block_sparse_attention import BLOCK_SPARSE_ATTENTION
     from effopt.backends.triton.decode_attention import DECODE_ATTENTION
     from effopt.backends.triton.flash_attention import FLASH_ATTENTION
     from effopt.backends.triton.glu import GLU
@@ -22,4 +23,11 @@ if find_spec("triton") is not None:
     from effopt.backends.triton.rope import ROPE
 
     ROW_KERNELS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU, ROPE)
-    LOWERINGS = (*ROW_KERNELS, QUANTIZED_LINEAR, INT8_LINEAR, FLASH_ATTENTION, DECODE_ATTENTION)
+    LOWERINGS = (
+        *ROW_KERNELS,
+        BLOCK_SPARSE_ATTENTION,
+        QUANTIZED_LINEAR,
+        INT8_LINEAR,
+        FLASH_ATTENTION,
+        DECODE_ATTENTION,
+    )
