@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import re
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 
 import torch
 
-from effopt.backends import block_sparse
 from effopt.bench import machine
 from effopt.commands.language_model import load_language_model
 from effopt.compile import effopt, record
@@ -42,25 +42,25 @@ SPECS = (
 
 
 class Counted:
-    """Pairs of query and key that calls of the CPU kernel compute, and those that causality leaves open."""
+    """Pairs of query and key in the blocks that the op is given, and those that causality leaves open."""
 
     def __init__(self) -> None:
         self.pairs = self.open = 0.0
-        self._forward = block_sparse.forward
+        self._op = importlib.import_module("effopt.graph.ops.block_sparse_attention")
+        self._selected_keys = self._op.selected_keys
 
     def __enter__(self) -> Counted:
-        block_sparse.forward = self._count
+        self._op.selected_keys = self._count
         return self
 
     def __exit__(self, *_: object) -> None:
-        block_sparse.forward = self._forward
+        self._op.selected_keys = self._selected_keys
 
-    def _count(self, call: block_sparse.Call) -> Any:
-        b, h, t, _ = call.query.shape
-        held = open_pairs(t, call.key.shape[-2], call.block, call.is_causal)
-        self.pairs += float((call.blocks.expand(b, h, *held.shape) * held).sum())
-        self.open += b * h * float(held.sum())
-        return self._forward(call)
+    def _count(self, blocks: torch.Tensor, t: int, s: int, block: int) -> torch.Tensor:
+        held = open_pairs(t, s, block, is_causal=True)
+        self.pairs += float((blocks * held).sum((-2, -1)).mean())
+        self.open += float(held.sum())
+        return self._selected_keys(blocks, t, s, block)
 
 
 def measure(model: Any, reference: Reference, texts: Any, spec: str, tier: Tier) -> dict[str, Any]:
@@ -76,6 +76,7 @@ def measure(model: Any, reference: Reference, texts: Any, spec: str, tier: Tier)
         quality = evaluate(lambda ids: compiled(input_ids=ids), texts, reference=reference, tier=tier)
     replaced = sum(a.op == "block_sparse_attention" for a in report.applied)
     assert not report.faults, report.faults
+    assert bool(counted.open) == bool(spec), spec
     assert replaced == (model.config.num_hidden_layers if spec else 0), (spec, replaced)
     return {
         "passes": spec or "dense",

@@ -159,3 +159,17 @@ def test_a_guard_parts_long_calls_from_short_ones() -> None:
             q = torch.randn(1, 2, t, 8)
             found[t] = bool(torch.allclose(compiled(q), run(q), atol=1e-5))
     assert found == {100: False, 40: True, 70: False, 63: True}
+
+
+def test_the_cpu_kernel_runs_under_inductor() -> None:
+    def run(q: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True) + 1.0
+
+    q = torch.randn(1, 2, 300, 8)
+    spec = "keep-sink-and-local-blocks{block=16,sink=8,window=64}"
+    with torch.no_grad():
+        got, report = run_compiled(run, q, passes=spec, lowering="auto")
+        want, _ = run_compiled(run, q, passes=spec, lowering="reference")
+    kernels = {low.kernel for low in report.graphs[0].lowerings if low.op == "block_sparse_attention"}
+    assert kernels == {"selected-blocks"}
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
