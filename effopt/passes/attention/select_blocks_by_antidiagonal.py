@@ -4,8 +4,8 @@
 
 Lossy: `threshold` is the share of the weight that the blocks read are to hold, as the scores of antidiagonals
 estimate it; 1 reads all, and is exact. Needs no training and no data; inference only. Causal or not. Saves
-the blocks left out, of which there are at most a share of 1 - threshold for certain and most where weight is
-concentrated, for 1 / stride of the arithmetic of the scores. Decoding steps read all keys, as in the paper.
+the blocks left out, most where weight is concentrated, for 1 / stride of the arithmetic of all scores, those
+that causality hides included. Decoding steps read all keys, as in the paper.
 
 Source: Xu et al. 2025, arXiv:2503.16428, sections 2.1 and 2.2.
 """
