@@ -9,6 +9,7 @@ from effopt.backends.attention_parts import LOWERINGS as ATTENTION_PARTS
 from effopt.backends.base import Lowering
 from effopt.backends.block_attention import LOWERINGS as BLOCK_ATTENTION
 from effopt.backends.chunked_scan import LOWERINGS as CHUNKED_SCAN
+from effopt.backends.block_sparse import LOWERINGS as BLOCK_SPARSE
 from effopt.backends.int8_products import LOWERINGS as INT8_PRODUCTS
 from effopt.backends.native import LOWERINGS as NATIVE
 from effopt.backends.quantized import LOWERINGS as QUANTIZED
@@ -41,4 +42,5 @@ def effopt_lowerings() -> Sequence[Lowering]:
 
     native = (*BLOCK_ATTENTION, *NATIVE, *QUANTIZED, *INT8_PRODUCTS, *CHUNKED_SCAN)
     native = (*BLOCK_ATTENTION, *NATIVE, *QUANTIZED, *INT8_PRODUCTS, *ATTENTION_PARTS)
+    native = (*BLOCK_ATTENTION, *BLOCK_SPARSE, *NATIVE, *QUANTIZED, *INT8_PRODUCTS)
     return (*TRITON, *native, *(reference_lowering(op) for op in OPS))

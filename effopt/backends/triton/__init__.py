@@ -13,6 +13,7 @@ LOWERINGS: tuple[Lowering, ...] = ()
 
 if find_spec("triton") is not None:
     from effopt.backends.triton.attention_lse import ATTENTION_LSE
+    from effopt.backends.triton.block_sparse_attention import BLOCK_SPARSE_ATTENTION
     from effopt.backends.triton.decode_attention import DECODE_ATTENTION
     from effopt.backends.triton.flash_attention import FLASH_ATTENTION
     from effopt.backends.triton.glu import GLU
@@ -26,6 +27,7 @@ if find_spec("triton") is not None:
     ROW_KERNELS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU, ROPE)
     LOWERINGS = (
         *ROW_KERNELS,
+        BLOCK_SPARSE_ATTENTION,
         QUANTIZED_LINEAR,
         INT8_LINEAR,
         FLASH_ATTENTION,
@@ -34,3 +36,4 @@ if find_spec("triton") is not None:
     )
     LOWERINGS = (*ROW_KERNELS, QUANTIZED_LINEAR, INT8_LINEAR, FLASH_ATTENTION, DECODE_ATTENTION)
     LOWERINGS = (*LOWERINGS, ATTENTION_LSE)
+    )

@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 
 from effopt.backends.triton import (
     attention_tiles,
+    block_sparse_attention,
     decode_attention,
     flash_attention,
     glu,
@@ -177,6 +178,17 @@ def attention_cases() -> Iterator[Case]:
     yield "attention-merge", decode_attention.merge_parts_kernel, "bf16", merge
 
 
+def block_sparse_cases() -> Iterator[Case]:
+    """Over blocks of 64 keys, padded, and of 128."""
+    for dtype, block, mask in (("bf16", 128, False), ("fp32", 64, True)):
+        x = torch.empty(1, 1, 1, 128, dtype=DTYPES[dtype], device="meta")
+        options = block_sparse_attention.options(x, x, block, 0.125, 0.0) | {"CAUSAL": True}
+        options |= {} if mask else {"p_mask": None}
+        options |= {"types": {"p_index": "*i32", "p_count": "*i32", "p_seen": "*i8"}}
+        kernel = block_sparse_attention.block_sparse_attention_kernel
+        yield f"attention-blocks of {block}-{dtype}", kernel, dtype, options
+
+
 def more_attention_cases() -> Iterator[Case]:
     """The other features, head sizes (an odd one, the largest, two unequal) and numbers of rows."""
     for feature in ("soft-cap, sinks", "padded, packed"):
@@ -211,7 +223,10 @@ def scan_cases() -> Iterator[Case]:
 
 
 ROW_CASES = (*norm_cases(), *glu_cases(), *rope_cases())
-MATRIX_CASES = (*quantized_linear_cases(), *int8_linear_cases(), *attention_cases(), *scan_cases())
+MATRIX_CASES = (
+    *(*quantized_linear_cases(), *int8_linear_cases(), *attention_cases()),
+    *(*block_sparse_cases(), *scan_cases()),
+)
 MORE_CASES = {f"more-{case[0]}": case for case in more_attention_cases()}
 """Compiled only where a word asks for them: `more` does."""
 CASES = {case[0]: case for case in (*ROW_CASES, *MATRIX_CASES)} | MORE_CASES
