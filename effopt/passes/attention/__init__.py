@@ -7,11 +7,11 @@ from effopt.passes.attention.prove_causal import ProveCausal
 from effopt.passes.attention.prove_rows_see_key import ProveRowsSeeKey
 from effopt.passes.attention.rebase_positions import RebasePositions
 from effopt.passes.attention.recover_mask_structure import RecoverMaskStructure
+from effopt.passes.attention.route_attention_by_region import RouteAttentionByRegion
 from effopt.passes.attention.scale_positions import ScalePositions
+from effopt.passes.attention.select_blocks_by_antidiagonal import SelectBlocksByAntidiagonal
 from effopt.passes.attention.split_attention_by_axis import SplitAttentionByAxis
 from effopt.passes.attention.split_shared_prefix import SplitSharedPrefix
-from effopt.passes.attention.route_attention_by_region import RouteAttentionByRegion
-from effopt.passes.attention.select_blocks_by_antidiagonal import SelectBlocksByAntidiagonal
 from effopt.passes.attention.stride_blocks_by_head import StrideBlocksByHead
 from effopt.passes.base import Pass
 
@@ -23,8 +23,6 @@ PASSES: tuple[type[Pass], ...] = (
     SplitSharedPrefix,
     ScalePositions,
     RebasePositions,
-    RecoverMaskStructure,
-    ProveRowsSeeKey,
     SelectBlocksByAntidiagonal,
     KeepSinkAndLocalBlocks,
     StrideBlocksByHead,
