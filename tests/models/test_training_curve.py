@@ -62,6 +62,5 @@ def test_same_losses_as_eager(sizes: dict[str, int], attention: str, size: int, 
     noise = (curve(moved, moved, size, length) - eager).abs().max()
     assert eager[-1] < eager[0] - 1.0, "nothing was learned: the curve says nothing"
     off = (compiled - eager).abs().max()
-    print(f"off {off:.2e}, noise {noise:.2e}, losses {eager[0]:.3f} to {eager[-1]:.3f}")
     assert off <= 10 * noise, f"{off:.1e} off, where rounding makes {noise:.1e}"
     assert off <= 1e-3
