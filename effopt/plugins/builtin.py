@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from effopt.backends.base import Lowering
 from effopt.backends.block_attention import LOWERINGS as BLOCK_ATTENTION
+from effopt.backends.chunked_linear_attention import LOWERINGS as CHUNKED
 from effopt.backends.int8_products import LOWERINGS as INT8_PRODUCTS
 from effopt.backends.native import LOWERINGS as NATIVE
 from effopt.backends.quantized import LOWERINGS as QUANTIZED
@@ -37,5 +38,5 @@ def effopt_lowerings() -> Sequence[Lowering]:
     """Triton kernels, library kernels, and the reference of every op."""
     from effopt.backends.triton import LOWERINGS as TRITON
 
-    native = (*BLOCK_ATTENTION, *NATIVE, *QUANTIZED, *INT8_PRODUCTS)
+    native = (*BLOCK_ATTENTION, *CHUNKED, *NATIVE, *QUANTIZED, *INT8_PRODUCTS)
     return (*TRITON, *native, *(reference_lowering(op) for op in OPS))

@@ -6,6 +6,7 @@ from effopt.graph.ops.glu import glu
 from effopt.graph.ops.int8_linear import int8_linear
 from effopt.graph.ops.layer_norm import add_layer_norm, layer_norm
 from effopt.graph.ops.linear import linear
+from effopt.graph.ops.linear_attention import linear_attention
 from effopt.graph.ops.quantized_embedding import quantized_embedding
 from effopt.graph.ops.quantized_linear import quantized_linear
 from effopt.graph.ops.rms_norm import add_rms_norm, rms_norm
@@ -23,6 +24,7 @@ OPS: tuple[Op, ...] = (
     quantized_linear,
     int8_linear,
     quantized_embedding,
+    linear_attention,
 )
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "int8_linear",
     "layer_norm",
     "linear",
+    "linear_attention",
     "quantized_embedding",
     "quantized_linear",
     "rms_norm",
