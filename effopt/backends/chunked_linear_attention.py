@@ -209,7 +209,7 @@ _SCHEMA = "Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? state,
     "effopt_chunked::linear_attention", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)"
 )
 def _forward(*given: Any) -> tuple[Tensor, Tensor]:
-    query, _, value = given[:3]
+    query = given[0]
     out, last = forward(_chunks(*given))
     return _joined(out, query), last.reshape(*query.shape[:2], *last.shape[1:]).clone()
 

@@ -8,6 +8,7 @@ from effopt.passes.canonicalize.recognize_attention import RecognizeAttention
 from effopt.passes.canonicalize.recognize_glu import RecognizeGLU
 from effopt.passes.canonicalize.recognize_layer_norm import RecognizeLayerNorm
 from effopt.passes.canonicalize.recognize_linear import RecognizeLinear
+from effopt.passes.canonicalize.recognize_linear_attention import RecognizeLinearAttention
 from effopt.passes.canonicalize.recognize_rms_norm import RecognizeRMSNorm
 from effopt.passes.canonicalize.recognize_rope import RecognizeRoPE
 from effopt.passes.canonicalize.recognize_sdpa_call import RecognizeSDPACall
@@ -20,6 +21,7 @@ PASSES: tuple[type[Pass], ...] = (
     SpellSoftmax,
     RecognizeAttention,
     RecognizeSDPACall,
+    RecognizeLinearAttention,
     RecognizeLayerNorm,
     RecognizeRMSNorm,
     RecognizeActivation,
