@@ -17,9 +17,17 @@ if find_spec("triton") is not None:
     from effopt.backends.triton.glu import GLU
     from effopt.backends.triton.int8_linear import INT8_LINEAR
     from effopt.backends.triton.layer_norm import ADD_LAYER_NORM, LAYER_NORM
+    from effopt.backends.triton.linear_attention_backward import LINEAR_ATTENTION
     from effopt.backends.triton.quantized_linear import QUANTIZED_LINEAR
     from effopt.backends.triton.rms_norm import ADD_RMS_NORM, RMS_NORM
     from effopt.backends.triton.rope import ROPE
 
     ROW_KERNELS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU, ROPE)
-    LOWERINGS = (*ROW_KERNELS, QUANTIZED_LINEAR, INT8_LINEAR, FLASH_ATTENTION, DECODE_ATTENTION)
+    LOWERINGS = (
+        *ROW_KERNELS,
+        QUANTIZED_LINEAR,
+        INT8_LINEAR,
+        FLASH_ATTENTION,
+        DECODE_ATTENTION,
+        LINEAR_ATTENTION,
+    )
