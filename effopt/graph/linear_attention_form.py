@@ -12,7 +12,8 @@ from torch.fx import Node
 
 from effopt.graph import ops
 from effopt.graph.analyses import causal_decay, heads
-from effopt.graph.analyses.causal_decay import Rate, Weight, steps_back
+from effopt.graph.analyses.causal_decay import Rate, Weight
+from effopt.graph.analyses.causal_distance import steps_back
 from effopt.graph.analyses.heads import equal
 from effopt.graph.analyses.masks.conditions import negated
 from effopt.graph.analyses.masks.forms import Band, form_of_condition, places

@@ -10,21 +10,21 @@ only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from effopt.graph.analyses.causal_distance import condition_at, distance_at, place_in, stop
 from effopt.graph.analyses.masks import conditions as c
 from effopt.graph.analyses.masks.evaluation import evaluate
 from effopt.graph.analyses.masks.moves import Place, aligned, scalar, source_of
 from effopt.graph.analyses.masks.reading import Reader
-from effopt.graph.analyses.masks.sums import Axis, Magnitude, Sum, of, whole
+from effopt.graph.analyses.masks.sums import Axis, Sum, whole
 from effopt.graph.constants import constant_number
-from effopt.graph.rewrite import Reject, require
-from effopt.graph.values import shape_of, val
+from effopt.graph.rewrite import require
+from effopt.graph.values import val
 
 _aten = torch.ops.aten
 _CASTS = {_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default}
@@ -33,8 +33,6 @@ _OVER = {_aten.div.Tensor, _aten.div.Scalar}
 _WHERE = {_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar}
 _FILL = {_aten.masked_fill.Scalar, _aten.masked_fill.Tensor}
 _POSITIVE = {_aten.exp.default, _aten.sigmoid.default}
-_EXACT = (torch.float32, torch.float64)
-"""Dtypes that hold the indices of any mask that fits into memory."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,7 @@ def condition_of(node: Node, frame: tuple[Any, ...], place: Place, reader: Reade
     at = aligned(node, frame, place)
     require(at is not None and val(node).dtype == torch.bool, f"{node.name} is no mask of the scores", node)
     assert at is not None
-    found: c.Condition = reader.at(node, at)
-    return found
+    return condition_at(node, at, reader)
 
 
 def triangle(node: Node, place: Place) -> c.Condition:
@@ -96,21 +93,9 @@ def triangle(node: Node, place: Place) -> c.Condition:
     return c.at_most(ahead if node.target is _aten.tril.default else ahead * -1)
 
 
-def _stop(node: Node) -> Reject:
-    what = "an input" if node.op != "call_function" else str(node.target).removesuffix(".default")
-    return Reject(f"the scores are multiplied by {node.name} ({what}), which is not known to be causal", node)
-
-
-def _operand(node: Node, operand: Any, place: Place) -> Place:
-    at = aligned(operand, shape_of(node), place)
-    if at is None:
-        raise _stop(node)
-    return at
-
-
 def _weight(node: Node, place: Place, reader: Reader) -> Weight:
     if val(node).dtype == torch.bool:
-        return Weight(reader.at(node, place))
+        return Weight(condition_at(node, place, reader))
     moved = source_of(node, place)
     if moved is not None:
         return _weight(*moved, reader)
@@ -118,27 +103,27 @@ def _weight(node: Node, place: Place, reader: Reader) -> Weight:
     if number is not None and number in (0, 1):
         return Weight(c.TRUE if number else c.FALSE)
     if node.op != "call_function":
-        raise _stop(node)
+        raise stop(node)
     args: Any = node.args
     if node.target in _CASTS and (val(args[0]).dtype == torch.bool or val(node).dtype.is_floating_point):
         return _weight(args[0], place, reader)
     if node.target in (_aten.tril.default, _aten.triu.default):
         return _weight(args[0], place, reader).where(triangle(node, place))
     if node.target in _TIMES and all(isinstance(a, Node) for a in args[:2]):
-        one, other = (_weight(a, _operand(node, a, place), reader) for a in args[:2])
+        one, other = (_weight(a, place_in(node, a, place), reader) for a in args[:2])
         return one * other
     chosen = _choice(node, place, reader)
     if chosen is not None:
         condition, yes, no = chosen
         if constant_number(no) != 0:
-            raise _stop(node)
+            raise stop(node)
         return _side(node, yes, place, reader).where(condition)
     if node.target is _aten.exp.default:
         found = _logarithm(args[0], place, 1.0, reader)
         return replace(found, rates=tuple(replace(r, dtype=val(node).dtype) for r in found.rates))
     if node.target in (_aten.pow.Tensor_Tensor, _aten.pow.Scalar):
         return _power(node, place, reader)
-    raise _stop(node)
+    raise stop(node)
 
 
 def _side(node: Node, value: Any, place: Place, reader: Reader) -> Weight:
@@ -146,8 +131,8 @@ def _side(node: Node, value: Any, place: Place, reader: Reader) -> Weight:
     if number is not None and number in (0, 1):
         return Weight(c.TRUE if number else c.FALSE)
     if not isinstance(value, Node):
-        raise _stop(node)
-    return _weight(value, _operand(node, value, place), reader)
+        raise stop(node)
+    return _weight(value, place_in(node, value, place), reader)
 
 
 def _choice(node: Node, place: Place, reader: Reader) -> tuple[c.Condition, Any, Any] | None:
@@ -159,7 +144,7 @@ def _choice(node: Node, place: Place, reader: Reader) -> tuple[c.Condition, Any,
         no, condition, yes = args[:3]
     else:
         return None
-    held = reader.at(condition, _operand(node, condition, place))
+    held = condition_at(condition, place_in(node, condition, place), reader)
     if constant_number(no) is None or constant_number(yes) == 0 or constant_number(yes) == -math.inf:
         return c.negated(held), no, yes
     return held, yes, no
@@ -168,14 +153,14 @@ def _choice(node: Node, place: Place, reader: Reader) -> tuple[c.Condition, Any,
 def _power(node: Node, place: Place, reader: Reader) -> Weight:
     base, exponent = node.args[0], node.args[1]
     if not isinstance(exponent, Node):
-        raise _stop(node)
-    distance = _distance(exponent, _operand(node, exponent, place), reader)
+        raise stop(node)
+    distance = distance_at(exponent, place_in(node, exponent, place), reader)
     number = constant_number(base)
     if number is not None:
         require(number > 0, f"the base of the decay is {number}: its powers change sign or vanish", node)
         return Weight(rates=(Rate(distance, math.log(number), dtype=val(node).dtype),))
     assert isinstance(base, Node)
-    at = _operand(node, base, place)
+    at = place_in(node, base, place)
     source, at = _origin(base, at)
     require(
         _is_positive(source),
@@ -212,19 +197,19 @@ def _logarithm(node: Node, place: Place, by: float, reader: Reader) -> Weight:
         condition, yes, no = chosen
         fill = constant_number(no)
         if fill is None or by * fill != -math.inf or not isinstance(yes, Node):
-            raise _stop(node)
-        return _logarithm(yes, _operand(node, yes, place), by, reader).where(condition)
+            raise stop(node)
+        return _logarithm(yes, place_in(node, yes, place), by, reader).where(condition)
     if node.target in (*_TIMES, *_OVER):
         number = constant_number(args[1])
         if number:
             by = by * number if node.target in _TIMES else by / number
-            return _logarithm(args[0], _operand(node, args[0], place), by, reader)
+            return _logarithm(args[0], place_in(node, args[0], place), by, reader)
         number = constant_number(args[0])
         if number and node.target in _TIMES:
-            return _logarithm(args[1], _operand(node, args[1], place), by * number, reader)
+            return _logarithm(args[1], place_in(node, args[1], place), by * number, reader)
     if node.target in _TIMES:
         return _rated(node, place, by, reader)
-    return Weight(rates=(Rate(_distance(node, place, reader), by),))
+    return Weight(rates=(Rate(distance_at(node, place, reader), by),))
 
 
 def _rated(node: Node, place: Place, by: float, reader: Reader) -> Weight:
@@ -233,100 +218,20 @@ def _rated(node: Node, place: Place, by: float, reader: Reader) -> Weight:
     for rate, distance in ((a, b), (b, a)):
         if not isinstance(rate, Node) or not isinstance(distance, Node):
             break
-        source, at = _origin(rate, _operand(node, rate, place))
+        source, at = _origin(rate, place_in(node, rate, place))
         turned = 1.0
         while source.target is _aten.neg.default:
             turned = -turned
             source, at = _origin(source.args[0], at)  # type: ignore[arg-type]
         if {"query", "key"} & frozenset().union(*map(c.axes_of, at)):
             continue
-        inner = _logarithm(distance, _operand(node, distance, place), 1.0, reader)
+        inner = _logarithm(distance, place_in(node, distance, place), 1.0, reader)
         alone = len(inner.rates) == 1 and inner.rates[0].node is None
         # What is hidden by -inf stays hidden by a positive rate alone, whose sign nobody knows.
         if alone and inner.open == c.TRUE:
             found = replace(inner.rates[0], node=source, at=at)
             return Weight(rates=(replace(found, by=found.by * by * turned),))
-    raise _stop(node)
-
-
-def _distance(node: Node, place: Place, reader: Reader) -> Sum:
-    """A whole number as a sum over the axes, whatever dtype holds it. Raises `Reject`."""
-    dtype = val(node).dtype
-    if dtype != torch.bool and not dtype.is_floating_point:
-        found = reader.at(node, place)
-        if isinstance(found, Sum):
-            return found
-        raise _stop(node)
-    if dtype not in _EXACT or node.op != "call_function":
-        raise _stop(node)
-    moved = source_of(node, place)
-    if moved is not None:
-        return _distance(*moved, reader)
-    number = constant_number(node)
-    if number is not None and number == int(number):
-        return whole(int(number))
-    rule = _DISTANCES.get(node.target)
-    if rule is None:
-        raise _stop(node)
-    return rule(node, place, reader)
-
-
-def _of(node: Node, operand: Any, place: Place, reader: Reader) -> Sum:
-    if isinstance(operand, Node):
-        return _distance(operand, _operand(node, operand, place), reader)
-    if constant_number(operand) is None or operand != int(operand):
-        raise _stop(node)
-    return whole(int(operand))
-
-
-def _sum(sign: int) -> Callable[[Node, Place, Reader], Sum]:
-    def rule(node: Node, place: Place, reader: Reader) -> Sum:
-        if node.kwargs or len(node.args) > 2:
-            raise _stop(node)
-        a, b = (_of(node, x, place, reader) for x in node.args)
-        return a + b * sign
-
-    return rule
-
-
-def _arange(node: Node, place: Place, reader: Reader) -> Sum:
-    starts = node.target is not _aten.arange.default
-    first = scalar(node.args[0]) if starts else whole(0)
-    if first is None or node.target is _aten.arange.start_step:
-        raise _stop(node)
-    return place[0] + first
-
-
-def _clamp(node: Node, place: Place, reader: Reader) -> Sum:
-    """`max(query - key, 0)`, said as the magnitude: equal under causality, and neither is below 0."""
-    low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", 0)
-    inner = _of(node, node.args[0], place, reader)
-    if low != 0 or len(node.args) > 2 or "max" in node.kwargs or steps_back(inner) != 1:
-        raise _stop(node)
-    return of(Magnitude(inner))
-
-
-_DISTANCES: dict[Any, Callable[[Node, Place, Reader], Sum]] = {
-    **dict.fromkeys(_CASTS, lambda node, place, reader: _of(node, node.args[0], place, reader)),
-    **dict.fromkeys((_aten.sub.Tensor, _aten.sub.Scalar), _sum(-1)),
-    **dict.fromkeys((_aten.add.Tensor, _aten.add.Scalar), _sum(1)),
-    **dict.fromkeys((_aten.arange.default, _aten.arange.start, _aten.arange.start_step), _arange),
-    **dict.fromkeys((_aten.clamp.default, _aten.clamp_min.default, _aten.relu.default), _clamp),
-    _aten.neg.default: lambda node, place, reader: _of(node, node.args[0], place, reader) * -1,
-    _aten.abs.default: lambda node, place, reader: of(Magnitude(_of(node, node.args[0], place, reader))),
-}
-
-
-def steps_back(distance: Sum) -> int | None:
-    """n, if a sum is `n * (query - key)`; for its magnitude, which is the same under causality, n above 0."""
-    only = distance.only
-    if isinstance(only, Magnitude):
-        inner = steps_back(only.of)
-        return None if inner is None else abs(inner)
-    found = {a.name: by for a, by in distance.terms if isinstance(a, Axis)}
-    n = found.get("query", 0)
-    is_multiple = len(distance.terms) == 2 and not distance.constant and found == {"query": n, "key": -n}
-    return n if is_multiple else None
+    raise stop(node)
 
 
 def is_head_only(at: Place) -> bool:
