@@ -24,7 +24,7 @@ _LOW = (torch.float16, torch.bfloat16, torch.float32)
 _HEAVY = frozenset(
     "linear matmul mm bmm addmm baddbmm einsum convolution conv1d conv2d conv3d embedding "
     "scaled_dot_product_attention layer_norm attention attention_lse rms_norm add_rms_norm add_layer_norm "
-    "glu rope".split()
+    "glu rope linear_attention".split()
 )
 
 

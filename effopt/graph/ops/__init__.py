@@ -10,6 +10,7 @@ from effopt.graph.ops.glu import glu
 from effopt.graph.ops.int8_linear import int8_linear
 from effopt.graph.ops.layer_norm import add_layer_norm, layer_norm
 from effopt.graph.ops.linear import linear
+from effopt.graph.ops.linear_attention import linear_attention
 from effopt.graph.ops.merge_attention import merge_attention
 from effopt.graph.ops.quantized_embedding import quantized_embedding
 from effopt.graph.ops.quantized_linear import quantized_linear
@@ -38,6 +39,7 @@ OPS: tuple[Op, ...] = (
     int8_linear,
     quantized_embedding,
     selective_scan,
+    linear_attention,
 )
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "int8_linear",
     "layer_norm",
     "linear",
+    "linear_attention",
     "local_blocks",
     "merge_attention",
     "quantized_embedding",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from effopt.passes.base import Pass
 from effopt.passes.canonicalize.recognize_activation import RecognizeActivation
 from effopt.passes.canonicalize.recognize_attention import RecognizeAttention
+from effopt.passes.canonicalize.recognize_cumulative_attention import RecognizeCumulativeAttention
 from effopt.passes.canonicalize.recognize_glu import RecognizeGLU
 from effopt.passes.canonicalize.recognize_layer_norm import RecognizeLayerNorm
 from effopt.passes.canonicalize.recognize_linear import RecognizeLinear
+from effopt.passes.canonicalize.recognize_linear_attention import RecognizeLinearAttention
 from effopt.passes.canonicalize.recognize_rms_norm import RecognizeRMSNorm
 from effopt.passes.canonicalize.recognize_rope import RecognizeRoPE
 from effopt.passes.canonicalize.recognize_sdpa_call import RecognizeSDPACall
@@ -23,6 +25,8 @@ PASSES: tuple[type[Pass], ...] = (
     SpellSoftmax,
     RecognizeAttention,
     RecognizeSDPACall,
+    RecognizeLinearAttention,
+    RecognizeCumulativeAttention,
     RecognizeLayerNorm,
     RecognizeRMSNorm,
     RecognizeActivation,

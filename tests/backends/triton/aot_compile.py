@@ -33,6 +33,8 @@ from effopt.backends.triton import (
     glu,
     int8_linear,
     layer_norm,
+    linear_attention,
+    linear_attention_backward,
     quantized_linear,
     rms_norm,
     rope,
@@ -48,6 +50,13 @@ TARGETS = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 TYPES = {"p_packed": "*u8", "p_zero": "*u8", "p_codes": "*i8", "p_signed": "*i8", "p_token_scale": "*fp32"}
+TYPES |= {
+    "p_states": "*fp32",
+    "p_dstates": "*fp32",
+    "p_first": "*fp32",
+    "p_last": "*fp32",
+    "p_ddecay": "*fp32",
+}
 TYPES |= {"p_mask": "*u8", "p_query_ids": "*i64", "p_key_ids": "*i64", "p_lse": "*fp32", "p_total": "*fp32"}
 """Pointers to something else than the dtype of a case."""
 Case = tuple[str, Any, str, dict[str, Any]]
@@ -222,10 +231,28 @@ def scan_cases() -> Iterator[Case]:
         )
 
 
+def linear_attention_cases() -> Iterator[Case]:
+    """The heaviest: decay of each token, heads of 128; and float32, summed without matrix units."""
+    forward, backward = linear_attention, linear_attention_backward
+    for dtype, head in (("bf16", 128), ("fp32", 64)):
+        wide = tl.bfloat16 if dtype == "bf16" else tl.float32
+        chunk = forward.chunk_for(DTYPES[dtype])
+        options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "BLOCK_DV": forward.VALUES, "CHUNK": chunk}
+        options |= {"DOT": wide, "WIDE": wide, "num_warps": forward.WARPS, "num_stages": forward.STAGES}
+        tail = f"{dtype}-{head}"
+        for reverse in (False, True):
+            name = f"linear_attention-states-{tail}" + "-reverse" * reverse
+            yield name, forward.states_kernel, dtype, options | {"REVERSE": reverse}
+            name = f"linear_attention-chunk-{tail}" + "-reverse" * reverse
+            yield name, forward.chunk_kernel, dtype, options | {"REVERSE": reverse}
+        options |= {"BLOCK_DV": backward.GRADIENT_VALUES}
+        yield f"linear_attention-gradient-{tail}", backward.gradient_kernel, dtype, options
+
+
 ROW_CASES = (*norm_cases(), *glu_cases(), *rope_cases())
 MATRIX_CASES = (
     *(*quantized_linear_cases(), *int8_linear_cases(), *attention_cases()),
-    *(*block_sparse_cases(), *scan_cases()),
+    *(*block_sparse_cases(), *scan_cases(), *linear_attention_cases()),
 )
 MORE_CASES = {f"more-{case[0]}": case for case in more_attention_cases()}
 """Compiled only where a word asks for them: `more` does."""
@@ -244,6 +271,8 @@ def source_of(case: Case) -> ASTSource:
             signature[name] = "*fp64" if dtype == "fp64" else "*fp32"
         elif name.startswith("p_"):
             signature[name] = (TYPES | options.get("types", {})).get(name, f"*{dtype}")
+        elif name == "decay_strides":
+            signature[name] = ("i32", "i32", "i32")
         elif name.endswith("_strides"):
             signature[name] = ("i32", "i32", "i32", "constexpr")
             constants[kernel.arg_names.index(name), 3] = 1
