@@ -20,6 +20,8 @@ if find_spec("triton") is not None:
     from effopt.backends.triton.quantized_linear import QUANTIZED_LINEAR
     from effopt.backends.triton.rms_norm import ADD_RMS_NORM, RMS_NORM
     from effopt.backends.triton.rope import ROPE
+    from effopt.backends.triton.stream_k_attention import STREAM_K_ATTENTION
 
     ROW_KERNELS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU, ROPE)
     LOWERINGS = (*ROW_KERNELS, QUANTIZED_LINEAR, INT8_LINEAR, FLASH_ATTENTION, DECODE_ATTENTION)
+    LOWERINGS += (STREAM_K_ATTENTION,)
