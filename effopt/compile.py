@@ -18,9 +18,11 @@ from torch.fx import GraphModule
 from effopt import pipeline as pipelines
 from effopt.backends import inductor, run_time
 from effopt.backends.lower import lower
+from effopt.backends.measured import Measurer
 from effopt.backends.outline import outline
 from effopt.errors import CaptureRefused, OptionError, PlanError
 from effopt.graph import release
+from effopt.graph.analyses.gradients import differentiable
 from effopt.graph.capture import Captured, capture
 from effopt.graph.held_masks import STANDS_ON, HeldMasks
 from effopt.graph.restore import restore
@@ -287,6 +289,7 @@ class _Compilation:
 
     def _lower(self, captured: Captured, inputs: Sequence[Any], weights: DerivedWeights) -> GraphModule:
         with self._timed("lower"):
+            measurer = self._measurer(captured, inputs) if self.options.lowering == "measured" else None
             chosen = lower(
                 captured.module,
                 self.registry.ops,
@@ -295,16 +298,24 @@ class _Compilation:
                 captured.training,
                 self.options.lowering,
                 weights,
+                measurer,
             )
+            self.report.faults.extend(measurer.faults if measurer else ())
             self.report.lowerings = [
                 LoweringRecord(c.node, c.op, c.choice.lowering.name, c.choice.refused) for c in chosen
             ]
             return restore(captured, runs_eagerly=self.options.lowering == "eager")
 
+    def _measurer(self, captured: Captured, inputs: Sequence[Any]) -> Measurer:
+        carrying = differentiable(captured.module, inputs) if captured.training else frozenset()
+        return Measurer(carrying, self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {**inductor.mode_options(self.options.mode), **self.options.inductor}
+
     def _hand_over(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.options.lowering == "eager":
             return inductor.run_eagerly(module)
-        settings = {**inductor.mode_options(self.options.mode), **self.options.inductor}
         with self._timed("backend"):
             identity = "|".join(p.fingerprint() for p in self.pipeline)
-            return inductor.compile_graph(module, inputs, settings, identity)
+            return inductor.compile_graph(module, inputs, self._settings(), identity)

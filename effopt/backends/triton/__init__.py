@@ -24,8 +24,9 @@ if find_spec("triton") is not None:
     from effopt.backends.triton.rms_norm import ADD_RMS_NORM, RMS_NORM
     from effopt.backends.triton.rope import ROPE
     from effopt.backends.triton.selective_scan import SELECTIVE_SCAN
+    from effopt.backends.triton.stream_k_attention import STREAM_K_ATTENTION
 
     ROW_KERNELS = (RMS_NORM, ADD_RMS_NORM, LAYER_NORM, ADD_LAYER_NORM, GLU, ROPE)
-    ATTENTION = (FLASH_ATTENTION, DECODE_ATTENTION, ATTENTION_LSE, BLOCK_SPARSE_ATTENTION)
+    ATTENTION = (FLASH_ATTENTION, DECODE_ATTENTION, STREAM_K_ATTENTION, ATTENTION_LSE, BLOCK_SPARSE_ATTENTION)
     RECURRENT = (SELECTIVE_SCAN, LINEAR_ATTENTION)
     LOWERINGS = (*ROW_KERNELS, QUANTIZED_LINEAR, INT8_LINEAR, *ATTENTION, *RECURRENT)

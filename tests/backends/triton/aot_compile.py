@@ -40,6 +40,7 @@ from effopt.backends.triton import (
     rope,
     rows,
     selective_scan,
+    stream_k_attention,
 )
 
 TARGETS = {
@@ -57,6 +58,7 @@ TYPES |= {
     "p_last": "*fp32",
     "p_ddecay": "*fp32",
 }
+TYPES |= {"p_extents": "*i32", "p_sum": "*fp32", "p_peak": "*fp32"}
 TYPES |= {"p_mask": "*u8", "p_query_ids": "*i64", "p_key_ids": "*i64", "p_lse": "*fp32", "p_total": "*fp32"}
 """Pointers to something else than the dtype of a case."""
 Case = tuple[str, Any, str, dict[str, Any]]
@@ -184,6 +186,9 @@ def attention_cases() -> Iterator[Case]:
     yield attention_case("fp32", 4096, 128, "window")
     merge = {"UNIT": attention_tiles.LOG2_E, "ZERO_ROWS": False, "ROWS": decode_attention.MERGED_ROWS}
     merge |= {"BLOCK_DV": 128, "num_warps": 4, "types": {"p_sum": "*fp32", "p_peak": "*fp32"}}
+    name, _, dtype, options = attention_case("bf16", 8, 128, "padded, packed", splits=8)
+    streamed = {n: v for n, v in options.items() if n != "types"} | {"REQUESTS": 64}
+    yield f"{name}-stream-k", stream_k_attention.stream_k_kernel, dtype, streamed
     yield "attention-merge", decode_attention.merge_parts_kernel, "bf16", merge
 
 
