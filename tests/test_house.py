@@ -35,6 +35,7 @@ LAYER = {
     "bench": 7,
     "calibration": 6,
     "tuning": 6,
+    "split_layers": 4,
     "cache_layers": 5,
     "caches": 6,
     "decoding": 3,

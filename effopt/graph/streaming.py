@@ -46,7 +46,7 @@ def attention_to_split(layer: Layer) -> Node:
 
 
 def kv_heads(pass_name: str, stack: Stack, result: PassResult) -> list[int]:
-    """How many KV heads each layer has; 0 where they cannot be made streaming, with the reason in `result`."""
+    """How many KV heads each layer has; 0 where they cannot be made streaming, and why in `result`."""
     found = []
     for layer in stack.layers:
         try:
@@ -238,11 +238,21 @@ def _of_held(emit: Emit, part: Mapping[str, Any], cache: SplitCache) -> dict[str
         limit = emit(_aten.unsqueeze.default, limit, 1)
         seen = emit(_aten.logical_and.default, seen, emit(_aten.le.Tensor, at, limit))
     if mask is not None:
-        index = emit(_aten.clamp_min.default, at, 0)
-        seen = emit(_aten.logical_and.default, seen, emit(_aten.take_along_dim.default, mask, index, 3))
+        seen = emit(_aten.logical_and.default, seen, _at_positions(emit, mask, at))
     elif high is None:
         kept["rows_see_key"] = True  # its own
     return kept | {"mask": seen}
+
+
+def _at_positions(emit: Emit, mask: Node, at: Node) -> Node:
+    """`mask` `[b or 1, 1, t or 1, s]` at key positions `[b, 1, 1, m]`; at position 0 where there is none."""
+    # Not take_along_dim, whose kernel for fake tensors fixes symbolic sizes at what they are now.
+    if not equal(shape_of(mask)[:1], shape_of(at)[:1]):
+        never = emit(_aten.lt.Scalar, emit(_aten.slice.Tensor, at, 3, 0, 1), -1)
+        mask = emit(_aten.logical_or.default, mask, never)
+    rows = emit(_aten.zeros_like.default, emit(_aten.slice.Tensor, mask, 3, 0, 1), dtype=torch.int64)
+    index = emit(_aten.add.Tensor, rows, emit(_aten.clamp_min.default, at, 0))
+    return emit(_aten.gather.default, mask, 3, index)
 
 
 def _first_seen(emit: Emit, mask: Node) -> Node:

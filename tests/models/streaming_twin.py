@@ -1,7 +1,7 @@
-"""Streaming heads done by hand: a model whose attention is written out, over all keys, with a mask for each head.
+"""Streaming heads done by hand: attention written out, over all keys, with a mask for each head.
 
-Written from the definition and not from the pass: what a query sees is read off the mask of the model itself. Its
-last open key is the query's own position, and the first open key of the row's last query is where the row begins.
+Written from the definition and not from the pass: what a query sees is read off the model's own mask. Its
+last open key is the query's own position, the first open key of the row's last query is where the row begins.
 """
 
 from __future__ import annotations

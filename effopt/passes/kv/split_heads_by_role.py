@@ -29,7 +29,6 @@ from effopt.graph import streaming
 from effopt.graph.analyses.layers import Layer, Stack
 from effopt.graph.dataflow import sort_topologically
 from effopt.graph.rewrite import Emit, PassResult, Reject
-from effopt.graph.values import shape_of
 from effopt.passes.base import Example, Stage, option
 from effopt.passes.region import RegionPass
 
