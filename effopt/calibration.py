@@ -136,7 +136,8 @@ def _scores(
     model: Callable[..., Any], batches: Iterable[Any], pipeline: Sequence[Pass], scored: Sequence[RegionPass]
 ) -> dict[str, dict[str, Any]]:
     means = _Means()
-    before = list(itertools.takewhile(lambda p: not isinstance(p, RegionPass), pipeline))
+    last = max(index for index, pass_ in enumerate(pipeline) if pass_ in scored)
+    before = [pass_ for pass_ in pipeline[:last] if pass_.exact]
 
     def watch(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         runnable = transformed(module, inputs, before, Plans())

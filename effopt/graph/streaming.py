@@ -116,7 +116,8 @@ def split_heads(emit: Emit, attention: Node, streaming: Sequence[int], sink: int
         if cache is None:
             part |= {"key": pick(emit, key, heads), "value": pick(emit, value, heads)}
         else:
-            part |= dict(zip(("key", "value"), cache.kept if heads is others else cache.held, strict=True))
+            pair = _first_keys(emit, cache) if heads is others else cache.held
+            part |= dict(zip(("key", "value"), pair, strict=True))
         if heads is streaming and (cache is None or cache.positions is None):
             at = KeptKeys(offset=0) if cache else kept_keys(attention)
             part |= _near_and_first(emit, part, at, sink, recent)
@@ -157,6 +158,12 @@ def pick(emit: Emit, node: Any, heads: Sequence[int], dim: int = 1) -> Node:
         return node
     parts = [emit(_aten.slice.Tensor, node, dim, first, last) for first, last in _runs(heads)]
     return parts[0] if len(parts) == 1 else emit(_aten.cat.default, parts, dim)
+
+
+def _first_keys(emit: Emit, cache: SplitCache) -> Sequence[Node]:
+    if cache.length is None:
+        return cache.kept
+    return [emit(_aten.slice.Tensor, node, 2, 0, cache.length) for node in cache.kept]
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

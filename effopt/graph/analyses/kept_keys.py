@@ -11,6 +11,7 @@ Looks only. A query of attention in both directions, or over keys of something e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -53,6 +54,8 @@ class SplitCache:
     """Keys and values of the other heads."""
     held: tuple[Node, Node]
     """Those of the streaming heads."""
+    length: Any
+    """How many of the other heads' keys are read, a number or a node; None: all. They are the first ones."""
     queries: Node
     starts: Node
     positions: Node | None
@@ -63,9 +66,7 @@ class SplitCache:
 
 def split_of(attention: Node) -> SplitCache | None:
     """The two caches that an attention reads, or None if it reads one. Raises `Reject` if it mixes them."""
-    key, value = attention.args[1:3]
-    assert isinstance(key, Node)
-    assert isinstance(value, Node)
+    (key, of_keys), (value, of_values) = (_without_slice(node) for node in attention.all_input_nodes[1:3])
     is_split = [node.target is SPLIT for node in (key, value)]
     if not any(is_split):
         return None
@@ -74,11 +75,14 @@ def split_of(attention: Node) -> SplitCache | None:
     )
     of_key, of_value = (bind_schema(SPLIT, node.args, node.kwargs) for node in (key, value))
     shared = ("queries", "positions", "streaming", "sink", "recent")
-    alike = all(of_key[name] == of_value[name] for name in shared)
+    alike = of_keys == of_values and all(of_key[name] == of_value[name] for name in shared)
     require(alike, "its keys and its values are split differently", attention)
+    is_whole = of_keys is None or of_key["positions"] is None
+    require(is_whole, "it reads a part of the keys of a cache that is not empty", attention)
     return SplitCache(
         (of_key["kept"], of_value["kept"]),
         (of_key["held"], of_value["held"]),
+        of_keys,
         of_key["queries"],
         of_key["starts"],
         of_key["positions"],
@@ -86,6 +90,15 @@ def split_of(attention: Node) -> SplitCache | None:
         of_key["sink"],
         of_key["recent"],
     )
+
+
+def _without_slice(node: Node) -> tuple[Node, Any]:
+    """What the first keys are a slice of, and how many they are; None: all."""
+    source = node.args[0] if node.target is _aten.slice.Tensor else None
+    if not isinstance(source, Node) or source.target is not SPLIT or len(node.args) != 4:
+        return node, None
+    _, dim, first, behind = node.args
+    return (source, behind) if dim in (2, -2) and first in (0, None) else (node, None)
 
 
 def kept_keys(attention: Node) -> KeptKeys:
