@@ -333,7 +333,7 @@ def stream_k_attention(
 
 
 def _too_many(query: Any, key: Any) -> str | None:
-    """Why there are too many rows or requests for shares of tiles to pay, at the hints of symbols, or None."""
+    """Why there are too many rows or requests for shares of tiles to pay, at hints of symbols, or None."""
     group = hint(query.shape[1]) // max(1, hint(key.shape[1])) if query.dim() == 4 else 1
     rows = hint(query.shape[-2]) * group
     if rows > MOST_ROWS:
