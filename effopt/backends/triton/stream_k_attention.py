@@ -333,11 +333,9 @@ def stream_k_attention(
 
 
 def _too_many(query: Any, key: Any) -> str | None:
-    """Why there are too many rows or requests for shares of tiles to pay, or None."""
+    """Why there are too many rows or requests for shares of tiles to pay, at hints of symbols, or None."""
     group = hint(query.shape[1]) // max(1, hint(key.shape[1])) if query.dim() == 4 else 1
     rows = hint(query.shape[-2]) * group
-    if not isinstance(query.shape[-2], int):
-        return f"the number of queries is symbolic ({query.shape[-2]}), and the kernel is for few"
     if rows > MOST_ROWS:
         return (
             f"{rows} rows (queries, and heads of a group) share a KV head, and the kernel is for {MOST_ROWS}"
