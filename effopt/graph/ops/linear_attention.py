@@ -122,7 +122,8 @@ def linear_attention(
     else:
         between, start, end = _spans(decay.to(wide), t)
         left, right, kept = q * start.exp(), k * end.exp(), decay.to(wide)
-        kept = (kept * t).view(-1, 1) if decay.dim() == 1 else kept.sum(2).view(*query.shape[:2], -1)
+        steps = kept.view(-1, 1, 1).expand(-1, t, 1) if decay.dim() == 1 else kept
+        kept = steps.sum(-2) if decay.dim() != 3 else steps.sum(-1, keepdim=True)
         if decay.dim() == 4:
             pairs = (q.unsqueeze(-2) * k.unsqueeze(-3) * between.exp()).sum(-1)
         else:
