@@ -4,7 +4,8 @@
     following   stores nothing; its update gives what the leading layer's update gave in this step
     absent      stores nothing; its update has a shape but no value, for a layer that is skipped
 
-The one module that subclasses classes of `transformers`, which is optional: it is imported on first use.
+Layers that hold less for some heads are in `split_layers.py`. These two modules alone subclass classes of
+`transformers`, which is optional: they are imported on first use.
 Lengths and mask sizes always come from a layer that is kept. A call to `get_seq_length` between the
 updates of a leading and a following layer still gives each its own answer, as position biases need.
 """
@@ -29,6 +30,7 @@ from transformers.cache_utils import (
 
 from effopt.errors import PlanError
 from effopt.graph.ops.absent_cache import absent_cache
+from effopt.split_layers import SPLIT
 
 
 class _Leading:
@@ -222,6 +224,7 @@ def build(
     names: Mapping[int, str],
     max_cache_len: int | None = None,
     has_cross_attention: bool = False,
+    splits: Mapping[int, Any] | None = None,
 ) -> Any:
     """The cache of a decoder, some of whose layers hold nothing.
 
@@ -233,23 +236,28 @@ def build(
         max_cache_len: tokens to hold, for a static cache; None for a dynamic one.
         has_cross_attention: make a cache for it too. It is written once, at the encoder's length, which
             only a growing layer takes over by itself.
+        splits: index of a layer -> which of its heads stream, as `split-heads-by-role` decides it.
 
     Raises:
         PlanError: a layer is of a kind that cannot be left out or shared, or does not exist.
     """
     own = DynamicCache(config=config) if max_cache_len is None else StaticCache(config, max_cache_len)
-    own.layers = _without(own.layers, absent, follows, names)
+    own.layers = _without(own.layers, absent, follows, names, splits or {})
     if not has_cross_attention:
         return own
     cross = DynamicCache(config=config)
-    cross.layers = _without([DynamicLayer() for _ in cross.layers], absent, follows, names)
+    cross.layers = _without([DynamicLayer() for _ in cross.layers], absent, follows, names, {})
     return EncoderDecoderCache(own, cross)
 
 
 def _without(
-    layers: Sequence[Any], absent: Set[int], follows: Mapping[int, int], names: Mapping[int, str]
+    layers: Sequence[Any],
+    absent: Set[int],
+    follows: Mapping[int, int],
+    names: Mapping[int, str],
+    splits: Mapping[int, Any],
 ) -> list[Any]:
-    """`layers`, with those that lead, follow or are absent in place of the ordinary ones."""
+    """`layers`, with those that lead, follow, are split or are absent in place of the ordinary ones."""
     if names and len(layers) != len(names):
         raise PlanError(f"the plan does not fit: it has {len(names)} layers, the cache {len(layers)}")
     _check(layers, absent, follows, names)
@@ -260,6 +268,13 @@ def _without(
     for index, lead in follows.items():
         made[index] = _again(layers[index], FOLLOWING[type(layers[index])])
         made[index].follow(made[lead], last[lead] == index, names[index])
+    for index, decision in splits.items():
+        kind = type(layers[index])
+        if kind not in SPLIT or index in {*absent, *follows, *follows.values()}:
+            has = f"keeps a {kind.__name__}" if kind not in SPLIT else "is skipped or shares its keys"
+            raise PlanError(f"{names[index]} {has}: its heads cannot keep caches of two kinds")
+        made[index] = _again(layers[index], SPLIT[type(layers[index])])
+        made[index].split(decision, names[index])
     kept = [
         i for i in range(len(layers)) if i not in absent and i not in follows and type(layers[i]) in LEADING
     ]

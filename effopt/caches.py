@@ -1,7 +1,8 @@
 """A key-value cache for a planned model: `generate(past_key_values=effopt.cache_for(model, plan))`.
 
 Layers that the plan skips hold no memory; layers that read the keys and values of another hold none of
-their own. All others are as `transformers` makes them for this model, sliding windows included.
+their own; of heads that stream only the first and the last keys and values are held. All others are as
+`transformers` makes them for this model, sliding windows included.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from effopt.passes.plan import Entry, Plan, PlannedStack
 
 _SKIPPING = ("skip-layers", "drop-layers")
 _SHARING = "share-kv-across-layers"
+_SPLITTING = "split-heads-by-role"
 
 
 def cache_for(model: nn.Module, plan: Plan, *, max_cache_len: int | None = None) -> Any:
@@ -31,7 +33,7 @@ def cache_for(model: nn.Module, plan: Plan, *, max_cache_len: int | None = None)
     Returns:
         A `DynamicCache` or `StaticCache`, or an `EncoderDecoderCache` of them. It must be used with the
         model compiled under the same plan: the model as it is may not run a layer that is left out, and
-        raises then. A plan that only shares works without compilation too.
+        raises then, as it does where heads stream. A plan that only shares works without compilation too.
 
     Raises:
         EffoptError: `transformers` is not installed, or the model has no key-value cache.
@@ -47,11 +49,11 @@ def cache_for(model: nn.Module, plan: Plan, *, max_cache_len: int | None = None)
 
     model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     decoder = _decoder(model)
-    absent, follows, names = _layout(model, decoder, plan)
+    absent, follows, splits, names = _layout(model, decoder, plan)
     has_cross_attention = bool(getattr(model.config, "is_encoder_decoder", False))
     holder: Any = decoder if has_cross_attention else model
     config = holder.config.get_text_config(decoder=True)
-    return build(config, absent, follows, names, max_cache_len, has_cross_attention)
+    return build(config, absent, follows, names, max_cache_len, has_cross_attention, splits)
 
 
 def _decoder(model: nn.Module) -> Any:
@@ -70,13 +72,14 @@ def _decoder(model: nn.Module) -> Any:
 
 def _layout(
     model: nn.Module, decoder: nn.Module, plan: Plan
-) -> tuple[set[int], dict[int, int], dict[int, str]]:
-    """Cache indices of the skipped layers, of those that read another's cache, and names of all."""
+) -> tuple[set[int], dict[int, int], dict[int, Any], dict[int, str]]:
+    """Cache indices of the skipped layers, of those that read another's cache or split it; names of all."""
     modules = dict(model.named_modules())
     inside = {id(module) for module in decoder.modules()}
     indices: dict[str, int] = {}
     absent: set[int] = set()
     follows: dict[int, int] = {}
+    splits: dict[int, Any] = {}
     for name, stack, entry in _entries(plan):
         layer = modules.get(entry.path)
         kind = type(layer).__name__
@@ -88,15 +91,17 @@ def _layout(
         indices[entry.path] = index = _index(layer, entry.path)
         if entry.decision is not None and name in _SKIPPING:
             absent.add(index)
+        elif entry.decision is not None and name == _SPLITTING:
+            splits[index] = entry.decision
         elif entry.decision is not None:
             follows[index] = indices[stack.layers[entry.decision].path]
-    return absent, follows, {index: f"layer {index} ({path})" for path, index in indices.items()}
+    return absent, follows, splits, {index: f"layer {index} ({path})" for path, index in indices.items()}
 
 
 def _entries(plan: Plan) -> Iterator[tuple[str, PlannedStack, Entry]]:
     """(pass name, stack, layer) in order, of the passes that change caches."""
     for section in plan.sections:
-        if section.name in (*_SKIPPING, _SHARING):
+        if section.name in (*_SKIPPING, _SHARING, _SPLITTING):
             yield from ((section.name, stack, entry) for stack in section.stacks for entry in stack.layers)
 
 

@@ -76,24 +76,29 @@ def _merge(sections: list[Section], found: Sequence[Section]) -> None:
 
 
 class _Means:
-    """Mean score by pass and layer, over everything seen."""
+    """Mean score by pass and layer over everything seen, or of each part of a layer."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, dict[str, float]] = {}
+        self.sums: dict[str, dict[str, torch.Tensor]] = {}
         self.counts: dict[str, dict[str, int]] = {}
+        self.unscored: dict[str, dict[str, None]] = {}
+        """Layers that their pass looks at nothing of."""
 
-    def add(self, name: str, path: str, scores: torch.Tensor) -> None:
+    def add(self, pass_: RegionPass, path: str, scores: torch.Tensor) -> None:
+        name = pass_.name
         if not scores.isfinite().all():
             raise PlanError(f"{name}: the score of layer {path!r} is not finite on a batch")
         sums, counts = self.sums.setdefault(name, {}), self.counts.setdefault(name, {})
-        sums[path] = sums.get(path, 0.0) + float(scores.double().sum())
-        counts[path] = counts.get(path, 0) + scores.numel()
+        rows = scores.double().reshape((-1, scores.shape[-1]) if pass_.scores_parts else (-1,))
+        sums[path] = sums.get(path, 0.0) + rows.sum(0)
+        counts[path] = counts.get(path, 0) + len(rows)
 
-    def result(self) -> dict[str, dict[str, float]]:
-        return {
-            name: {path: total / self.counts[name][path] for path, total in sums.items()}
-            for name, sums in self.sums.items()
-        }
+    def result(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {name: dict(paths) for name, paths in self.unscored.items()}
+        for name, sums in self.sums.items():
+            means = {path: (total / self.counts[name][path]).tolist() for path, total in sums.items()}
+            found[name] = found.get(name, {}) | means
+        return found
 
 
 class _Watch(Interpreter):
@@ -102,9 +107,12 @@ class _Watch(Interpreter):
     def __init__(
         self, module: GraphModule, watched: Sequence[tuple[RegionPass, Layer]], means: _Means
     ) -> None:
+        observed = [(pass_, layer.path, pass_.observe(layer)) for pass_, layer in watched]
         super().__init__(module)
-        self.watched, self.means = watched, means
-        self.wanted = {node for pass_, layer in watched for node in pass_.observe(layer)}
+        self.watched, self.means = [watch for watch in observed if watch[2]], means
+        for pass_, path, _ in (watch for watch in observed if not watch[2]):
+            means.unscored.setdefault(pass_.name, {})[path] = None
+        self.wanted = {node for _, _, nodes in self.watched for node in nodes}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self.seen: dict[Node, Any] = {}
@@ -115,20 +123,21 @@ class _Watch(Interpreter):
         value = super().run_node(n)
         if n in self.wanted:
             self.seen[n] = value
-            for pass_, layer in [w for w in self.waiting if all(v in self.seen for v in w[0].observe(w[1]))]:
-                values = [self.seen[v] for v in pass_.observe(layer)]
-                self.means.add(pass_.name, layer.path, pass_.score(*values))
-                self.waiting.remove((pass_, layer))
-            needed = {v for pass_, layer in self.waiting for v in pass_.observe(layer)}
+            for watch in [w for w in self.waiting if all(v in self.seen for v in w[2])]:
+                pass_, path, nodes = watch
+                self.means.add(pass_, path, pass_.score(*(self.seen[v] for v in nodes)))
+                self.waiting.remove(watch)
+            needed = {v for _, _, nodes in self.waiting for v in nodes}
             self.seen = {v: seen for v, seen in self.seen.items() if v in needed}
         return value
 
 
 def _scores(
     model: Callable[..., Any], batches: Iterable[Any], pipeline: Sequence[Pass], scored: Sequence[RegionPass]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     means = _Means()
-    before = list(itertools.takewhile(lambda p: not isinstance(p, RegionPass), pipeline))
+    last = max(index for index, pass_ in enumerate(pipeline) if pass_ in scored)
+    before = [pass_ for pass_ in pipeline[:last] if pass_.exact]
 
     def watch(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         runnable = transformed(module, inputs, before, Plans())

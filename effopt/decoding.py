@@ -82,7 +82,8 @@ class Decoder:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values; those that several layers read count once."""
-        held = (getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values"))
+        names = ("keys", "values", "held_keys", "held_values")
+        held = (getattr(layer, name, None) for layer in self.cache.layers for name in names)
         return storage_bytes(tensor for tensor in held if tensor is not None)
 
 

@@ -39,8 +39,9 @@ class Entry:
     """Class of a layer's module, empty where it has none; what a site is, such as `linear [704, 256]`."""
     decision: Any
     """What is done to it, as JSON; None leaves it as it is."""
-    score: float | None = None
-    """What was measured of it: its score, or under `effopt.tune` the share of the budget it takes alone."""
+    score: float | list[float] | None = None
+    """What was measured of it: its score, a list where its parts have scores of their own, or under
+    `effopt.tune` the share of the budget it takes alone."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,9 @@ class Plan:
             lines.append(section.spec)
             for entry in section.entries:
                 done = "as it is" if entry.decision is None else json.dumps(entry.decision)
-                score = "" if entry.score is None else f"  score {entry.score:.6f}"
+                numbers = entry.score if isinstance(entry.score, list) else [entry.score]
+                told = " ".join(f"{number:.6f}" for number in numbers if number is not None)
+                score = f"  score {told}" if told else ""
                 lines.append(f"  {entry.path}: {done}{score}")
         return "\n".join(lines)
 
@@ -184,7 +187,9 @@ def _as_data(section: Section) -> dict[str, Any]:
 
 
 def describe(
-    stack: Stack, decisions: Sequence[Any] | None = None, scores: Sequence[float | None] | None = None
+    stack: Stack,
+    decisions: Sequence[Any] | None = None,
+    scores: Sequence[float | list[float] | None] | None = None,
 ) -> PlannedStack:
     """A stack of a graph as a plan records it."""
     count = len(stack.layers)
@@ -220,8 +225,8 @@ class Plans:
     """The plans of one compile call: those given, what was measured or asked, and what was decided."""
 
     given: tuple[Plan, ...] = ()
-    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Pass name -> path of a layer or site -> score, while a plan is made."""
+    scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Pass name -> path of a layer or site -> score, a number or a list, while a plan is made."""
     asked: Mapping[str, Mapping[str, Any]] | None = None
     """Pass name -> path -> decision, while `effopt.tune` tries them: all else is left. None otherwise."""
     decided: list[Section] = field(default_factory=list)

@@ -29,9 +29,14 @@ class RegionPass(PlannedPass):
     provides: ClassVar[tuple[str, ...]] = (REPLACES,)
     is_scored: ClassVar[bool] = False
     """Whether `decide` needs scores, which only `effopt.calibrate` measures."""
+    scores_parts: ClassVar[bool] = False
+    """Whether a layer's score is a list, of its heads say: the last dimension of what `score` gives."""
 
     def observe(self, layer: Layer) -> tuple[Node, ...]:
-        """The values of a layer that `score` looks at."""
+        """The values of a layer that `score` looks at; none, and the layer has no score.
+
+        Called once for each layer. It may add nodes that compute values, of a graph that is thrown away.
+        """
         return (layer.entry, layer.exit)
 
     def score(self, *values: torch.Tensor) -> torch.Tensor:
@@ -39,12 +44,13 @@ class RegionPass(PlannedPass):
         raise NotImplementedError(f"{self.name} is scored and has no score")
 
     @abstractmethod
-    def decide(self, stack: Stack, scores: Sequence[float] | None, result: PassResult) -> Sequence[Any]:
+    def decide(self, stack: Stack, scores: Sequence[Any] | None, result: PassResult) -> Sequence[Any]:
         """What to do with each layer, as JSON; None leaves a layer as it is.
 
         Args:
             stack: the layers.
-            scores: of each layer, if `is_scored`.
+            scores: of each layer, if `is_scored`: a number, or a list of them if `scores_parts`; None for one
+                without.
             result: takes the reason for each layer that is left although it was asked for.
         """
 
@@ -115,8 +121,9 @@ class RegionPass(PlannedPass):
             except Reject as why:
                 where = f" (at {why.node.name})" if why.node is not None else ""
                 raise PlanError(f"{self.spec()} cannot be carried out in this graph: {why}{where}") from why
-        # What nothing reads any more is no weight to quantise, and no site to report.
-        module.graph.eliminate_dead_code()
+        if any(decision is not None for decisions in chosen for decision in decisions):
+            # What nothing reads any more is no weight to quantise, and no site to report.
+            module.graph.eliminate_dead_code()
         unread = {node.name for node in read if not node.users}
         module.meta[UNREAD] = module.meta.get(UNREAD, frozenset()) | unread
         return result

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from effopt.backends.triton import (
     attention_gradients,
     attention_tiles,
+    block_sparse_attention,
     decode_attention,
     flash_attention,
     flash_attention_backward,
@@ -36,10 +37,14 @@ from effopt.backends.triton import (
     glu,
     int8_linear,
     layer_norm,
+    linear_attention,
+    linear_attention_backward,
     quantized_linear,
     rms_norm,
     rope,
     rows,
+    selective_scan,
+    stream_k_attention,
 )
 
 TARGETS = {
@@ -50,8 +55,15 @@ TARGETS = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 TYPES = {"p_packed": "*u8", "p_zero": "*u8", "p_codes": "*i8", "p_signed": "*i8", "p_token_scale": "*fp32"}
-TYPES |= {"p_mask": "*u8", "p_query_ids": "*i64", "p_key_ids": "*i64", "p_seed": "*i64"}
-TYPES |= dict.fromkeys(("p_lse", "p_grad_lse", "p_peak", "p_total", "p_delta", "p_spoiled"), "*fp32")
+TYPES |= {
+    "p_states": "*fp32",
+    "p_dstates": "*fp32",
+    "p_first": "*fp32",
+    "p_last": "*fp32",
+    "p_ddecay": "*fp32",
+}
+TYPES |= {"p_mask": "*u8", "p_query_ids": "*i64", "p_key_ids": "*i64", "p_extents": "*i32", "p_seed": "*i64"}
+TYPES |= dict.fromkeys(("p_sum", "p_lse", "p_grad_lse", "p_peak", "p_total", "p_delta", "p_spoiled"), "*fp32")
 """Pointers to something else than the dtype of a case."""
 Case = tuple[str, Any, str, dict[str, Any]]
 """Name, kernel, dtype of what pointers point to, launch options: constexprs, num_warps, more `types`."""
@@ -191,6 +203,9 @@ def attention_cases() -> Iterator[Case]:
     yield attention_case("fp32", 4096, 128, "window")
     merge = {"UNIT": attention_tiles.LOG2_E, "ZERO_ROWS": False, "ROWS": decode_attention.MERGED_ROWS}
     merge |= {"BLOCK_DV": 128, "num_warps": 4, "types": {"p_sum": "*fp32", "p_peak": "*fp32"}}
+    name, _, dtype, options = attention_case("bf16", 8, 128, "padded, packed", splits=8)
+    streamed = {n: v for n, v in options.items() if n != "types"} | {"REQUESTS": 64}
+    yield f"{name}-stream-k", stream_k_attention.stream_k_kernel, dtype, streamed
     yield "attention-merge", decode_attention.merge_parts_kernel, "bf16", merge
 
 
@@ -215,6 +230,17 @@ def more_attention_gradient_cases() -> Iterator[Case]:
         yield attention_case("bf16", 4096, 128, feature)
 
 
+def block_sparse_cases() -> Iterator[Case]:
+    """Over blocks of 64 keys, padded, and of 128."""
+    for dtype, block, mask in (("bf16", 128, False), ("fp32", 64, True)):
+        x = torch.empty(1, 1, 1, 128, dtype=DTYPES[dtype], device="meta")
+        options = block_sparse_attention.options(x, x, block, 0.125, 0.0) | {"CAUSAL": True}
+        options |= {} if mask else {"p_mask": None}
+        options |= {"types": {"p_index": "*i32", "p_count": "*i32", "p_seen": "*i8"}}
+        kernel = block_sparse_attention.block_sparse_attention_kernel
+        yield f"attention-blocks of {block}-{dtype}", kernel, dtype, options
+
+
 def more_attention_cases() -> Iterator[Case]:
     """The other features, head sizes (an odd one, the largest, two unequal) and numbers of rows."""
     for feature in ("soft-cap, sinks", "padded, packed"):
@@ -230,9 +256,47 @@ def more_attention_cases() -> Iterator[Case]:
     yield attention_case("fp32", 4096, 128, "bias, filled")
 
 
+def scan_cases() -> Iterator[Case]:
+    """The state of Mamba, and the largest."""
+    total = {
+        f"p_{name}": "*fp32" for name in ("last", "kept", "grad_last", "scratch", "da", "db", "dc", "dstart")
+    }
+    for dtype, n in (("bf16", 16), ("fp32", selective_scan.MAX_STATE)):
+        options = {"CHUNK": selective_scan.CHUNK, "CHANNELS": selective_scan.channels_for(n)}
+        options |= {"STATE": n, "ACC": tl.float32, "num_warps": selective_scan.WARPS, "types": total}
+        kernel = selective_scan.selective_scan_kernel
+        yield f"selective_scan-{dtype}-{n}", kernel, dtype, options | {"p_start": None}
+        yield (
+            f"selective_scan_backward-{dtype}-{n}",
+            selective_scan.selective_scan_backward_kernel,
+            dtype,
+            options,
+        )
+
+
+def linear_attention_cases() -> Iterator[Case]:
+    """The heaviest: decay of each token, heads of 128; and float32, summed without matrix units."""
+    forward, backward = linear_attention, linear_attention_backward
+    for dtype, head in (("bf16", 128), ("fp32", 64)):
+        wide = tl.bfloat16 if dtype == "bf16" else tl.float32
+        chunk = forward.chunk_for(DTYPES[dtype])
+        options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "BLOCK_DV": forward.VALUES, "CHUNK": chunk}
+        options |= {"DOT": wide, "WIDE": wide, "num_warps": forward.WARPS, "num_stages": forward.STAGES}
+        tail = f"{dtype}-{head}"
+        for reverse in (False, True):
+            name = f"linear_attention-states-{tail}" + "-reverse" * reverse
+            yield name, forward.states_kernel, dtype, options | {"REVERSE": reverse}
+            name = f"linear_attention-chunk-{tail}" + "-reverse" * reverse
+            yield name, forward.chunk_kernel, dtype, options | {"REVERSE": reverse}
+        options |= {"BLOCK_DV": backward.GRADIENT_VALUES}
+        yield f"linear_attention-gradient-{tail}", backward.gradient_kernel, dtype, options
+
+
 ROW_CASES = (*norm_cases(), *glu_cases(), *rope_cases())
-MATRIX_CASES = (*quantized_linear_cases(), *int8_linear_cases(), *attention_cases())
-MATRIX_CASES += (*attention_gradient_cases(),)
+MATRIX_CASES = (
+    *(*quantized_linear_cases(), *int8_linear_cases(), *attention_cases()),
+    *(*block_sparse_cases(), *scan_cases(), *linear_attention_cases(), *attention_gradient_cases()),
+)
 MORE_CASES = {f"more-{c[0]}": c for c in (*more_attention_cases(), *more_attention_gradient_cases())}
 """Compiled only where a word asks for them: `more` does."""
 CASES = {case[0]: case for case in (*ROW_CASES, *MATRIX_CASES)} | MORE_CASES
@@ -250,6 +314,8 @@ def source_of(case: Case) -> ASTSource:
             signature[name] = "*fp64" if dtype == "fp64" else "*fp32"
         elif name.startswith("p_"):
             signature[name] = (TYPES | options.get("types", {})).get(name, f"*{dtype}")
+        elif name == "decay_strides":
+            signature[name] = ("i32", "i32", "i32")
         elif name.endswith("_strides"):
             signature[name] = ("i32", "i32", "i32", "constexpr")
             constants[kernel.arg_names.index(name), 3] = 1

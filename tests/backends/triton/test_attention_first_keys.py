@@ -8,18 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from effopt.backends.triton import decode_attention
+from effopt.backends.triton import decode_attention, stream_k_attention
 from effopt.backends.triton.attention_tiles import share_of_keys
 from effopt.graph import ops
 from effopt.graph.ops import Sample
 from tests.backends.triton.attention_calls import assert_attention_gradients
 from tests.backends.triton.test_attention_kernels import (
+    H100,
     KERNELS,
     LEAST,
     assert_values,
     call_of,
     every_kernel,
     heads,
+    takes,
 )
 
 
@@ -70,15 +72,20 @@ def kinds_of_first_keys(t: int, s: int, device: Any) -> dict[str, dict[str, Any]
 @pytest.fixture(autouse=True)
 def few_keys_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_attention, "parts", lambda tiles, keys: max(1, min(3, keys // 5)))
+    monkeypatch.setattr(stream_k_attention, "PROGRAMS", 5)
 
 
 @every_kernel
 @pytest.mark.parametrize("kind", kinds_of_first_keys(2, 2, "cpu"))
 def test_values(kernel: str, kind: str, device: torch.device) -> None:
     t, s = 19, 120
-    assert_values(
-        kernel, Sample(heads(t, s, 8, device), {"scale": 0.3, **kinds_of_first_keys(t, s, device)[kind]})
-    )
+    more = kinds_of_first_keys(t, s, device)[kind]
+    sample = Sample(heads(t, s, 8, device), {"scale": 0.3, **more})
+    if takes(kernel, more):
+        assert_values(kernel, sample)
+    else:
+        with pytest.raises(ValueError, match="keys next to each other"):
+            KERNELS[kernel].call(*sample.args, **sample.kwargs)
 
 
 @pytest.mark.parametrize("kind", kinds_of_first_keys(2, 2, "cpu"))
@@ -95,9 +102,15 @@ def test_keys_between_are_not_read(device: torch.device) -> None:
     spoiled = v.clone()
     spoiled[..., 32:192, :] = math.nan
     for more in ({"low": 192, "anchors": 7}, {"high": -9, "prefix": 30, "zero_masked_rows": True}):
-        for kernel in KERNELS.values():
-            expected = kernel.call(q, k, v, scale=0.3, **more)
-            assert torch.equal(kernel.call(q, k, spoiled, scale=0.3, **more), expected)
+        for call in (lowering.call for name, lowering in KERNELS.items() if takes(name, more)):
+            expected = call(q, k, v, scale=0.3, **more)
+            assert torch.equal(call(q, k, spoiled, scale=0.3, **more), expected)
+
+
+def test_shares_of_tiles_refuse_anchors() -> None:
+    bound = ops.attention.bind(heads(1, 100, 8, "cpu"), {"scale": 1.0, "low": 90, "anchors": 4})
+    assert "keys next to each other" in (KERNELS["streamed"].supports(H100, bound) or "")
+    assert KERNELS["divided"].supports(H100, bound) is None
 
 
 def test_only_what_changes_something_is_compiled_in() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from torch._dynamo.backends.common import aot_autograd
 from effopt.backends.base import Lowering, choose
 from effopt.backends.native import LOWERINGS as NATIVE
 from effopt.backends.reference import reference_lowering
-from effopt.backends.triton import LOWERINGS, attention_tiles, decode_attention
+from effopt.backends.triton import LOWERINGS, attention_tiles, decode_attention, stream_k_attention
 from effopt.backends.triton.attention_refusals import prepare
 from effopt.backends.triton.attention_tiles import AttentionCall, tile_for
 from effopt.backends.triton.decode_attention import DECODE_ATTENTION
 from effopt.backends.triton.flash_attention import FLASH_ATTENTION
+from effopt.backends.triton.stream_k_attention import STREAM_K_ATTENTION
 from effopt.graph import ops
 from effopt.graph.equivalence import difference
 from effopt.graph.ops import Sample
@@ -30,7 +32,7 @@ from tests.backends.triton.calls import double
 H100 = Target("cuda", "sm_90", 4.3e12, 7.9e14)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST = torch.finfo(torch.float32).min
-KERNELS = {"whole": FLASH_ATTENTION, "divided": DECODE_ATTENTION}
+KERNELS = {"whole": FLASH_ATTENTION, "divided": DECODE_ATTENTION, "streamed": STREAM_K_ATTENTION}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
@@ -38,6 +40,12 @@ every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 def few_keys_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short calls, too, in parts: at most 4 of at least 5 keys, so that some parts are empty."""
     monkeypatch.setattr(decode_attention, "parts", lambda tiles, keys: max(1, min(4, keys // 5)))
+    monkeypatch.setattr(stream_k_attention, "PROGRAMS", 5)
+
+
+def takes(kernel: str, kwargs: Mapping[str, Any]) -> bool:
+    """Shares of tiles are next to each other, so keys apart from the band are none of theirs."""
+    return kernel != "streamed" or kwargs.get("anchors") is None
 
 
 def heads(
@@ -66,7 +74,7 @@ def assert_values(kernel: str, sample: Sample) -> None:
 @every_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_samples(kernel: str, dtype: torch.dtype, device: torch.device) -> None:
-    samples = list(ops.attention.samples(dtype, device))
+    samples = [s for s in ops.attention.samples(dtype, device) if takes(kernel, s.kwargs)]
     for sample in (*samples[:24], samples[-2]) if dtype == torch.float32 else samples[:12]:
         assert_values(kernel, sample)
 
@@ -232,6 +240,7 @@ def test_log_sum_exp(kernel: str, device: torch.device) -> None:
     op = {
         "whole": torch.ops.effopt_triton.flash_attention,
         "divided": torch.ops.effopt_triton.decode_attention,
+        "streamed": torch.ops.effopt_triton.stream_k_attention,
     }[kernel]
     for more in ({"high": 2}, {"bias": torch.randn(5, 40, device=device), "softcap": 2.0}, {"low": 38}):
         operands = ops.attention.bind((q, k, v), {"scale": 0.4, **more})
@@ -339,7 +348,8 @@ def test_any_features_at_once(drawn: tuple[Sample, bool]) -> None:
 @every_kernel
 def test_opcheck(kernel: str, device: torch.device) -> None:
     """Schema, fake kernel, and AOTAutograd with dynamic shapes."""
-    name = {"whole": "flash_attention", "divided": "decode_attention"}[kernel]
+    names = {"whole": "flash_attention", "divided": "decode_attention", "streamed": "stream_k_attention"}
+    name = names[kernel]
     q, k, v = heads(3, 7, 16, device, h=4, hkv=2)
     operands = ops.attention.bind(
         (q, k, v), {"scale": 0.3, "low": -4, "mask": torch.ones(3, 7, device=device).bool()}
@@ -475,8 +485,10 @@ def test_which_lowering_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(4096, 4096, is_causal=True, sinks=sinks) == "triton"
     assert chosen(8192, 8192, low=-1023, high=0) == "triton"
     assert chosen(1, 32768, softcap=50.0) == chosen(1, 32768, low=31744) == "triton-divided"
+    padding = torch.empty(2, 1, 1, 32768, dtype=torch.bool, device="meta")
+    assert chosen(1, 32768, softcap=50.0, mask=padding) == "triton-stream-k"
+    assert chosen(4096, 4096, softcap=50.0, mask=padding[..., :4096]) == "triton"
     assert chosen(4096, 4096, training=True, softcap=50.0) == "triton"
-    assert chosen(1, 32768, training=True, softcap=50.0) == "triton"
 
 
 def test_tiles() -> None:
