@@ -94,7 +94,7 @@ def test_tables_files_and_a_row_that_failed(
         (("--rounds", "2"), "--rounds"),
         (("--dtype", "int4"), "Valid: bfloat16, float16, float32"),
         (("--texts", "nothing.txt"), "--texts 'nothing.txt' names no file"),
-        (("--lowering", "fast"), "Valid: auto, eager, reference"),
+        (("--lowering", "fast"), "Valid: auto, eager, measured, reference"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
