@@ -85,7 +85,7 @@ def as_table(result: dict[str, Any]) -> str:
     ]
     lines += [
         f"| {row['retrieval']} | {row['recent']} | {row['bits_per_byte']['value']:.4f} |"
-        f" {row['kl']['value']:.4f} | {row['agreement']['value']:.4f} | {row['kv_bytes']:,} |"
+        f" {max(row['kl']['value'], 0.0):.4f} | {row['agreement']['value']:.4f} | {row['kv_bytes']:,} |"
         f" {row['kv_bytes'] / row['ordinary_kv_bytes']:.3f} |"
         for row in result["rows"]
     ]

@@ -117,6 +117,16 @@ def test_generate(name: str, length: int | None, made_by: str) -> None:
         assert generate(model, cache) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [None, 40], ids=["dynamic", "static"])
+def test_generate_through_inductor(length: int | None) -> None:
+    model, plan, twin = case("llama")
+    expected = generate(twin, ordinary(twin, length))
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="effopt", options={"plans": plan})
+    assert generate(model, effopt.cache_for(model, plan, max_cache_len=length)) == expected
+
+
 def held_bytes(cache: Any) -> int:
     """Bytes of the storages of everything that a cache keeps."""
     tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
