@@ -3,13 +3,16 @@
     python benchmarks/attention.py --json benchmarks/results/attention-cpu.json
     python benchmarks/attention.py --write docs/attention.md --sizes 2048 8192 --head-sizes 64 --from FILE
 
-Prefill, causal, windowed, chunked and packed (documents in a row, boundaries as values), t from 1k to 8k.
+Prefill, causal, windowed (with anchors too), with a prefix, chunked and packed (documents in a row, limits as
+as values), t from 1k to 8k; and a decode step, one query over a static cache of t keys, a quarter written.
 Versions: `blocks`, the lowering that computes keys which blocks of queries reach; `sdpa, dense mask`, given
 the boolean mask ready made; `sdpa, is_causal`, for a causal mask; with `--flex`, FlexAttention compiled by
 Inductor with a block mask ready made. Versions are compared with the op's reference first (at 1k), and then
 run in turn; a time is the median of the rounds. On a CPU that is the processor time of the calling thread,
 with one thread, so that other work on the machine moves it little. `computed` is the share of all
 (query, key) pairs that lie in blocks, `open` the share that the mask leaves: no version does with less.
+`GFLOP/s` counts the products of open pairs, `GB/s` query, open keys, their values, result; `of ceiling` is
+the larger of their shares of what this machine reaches in one matrix product, and in copying 256 MB.
 """
 
 from __future__ import annotations
@@ -36,7 +39,10 @@ from effopt.graph.ops.attention import open_keys
 SIZES = (1024, 2048, 4096, 8192)
 HEAD_SIZES = (64, 128)
 HEADS, KV_HEADS = 8, 8
-KINDS = ("causal", "window 256", "window 1024", "chunks 512", "documents 512")
+KINDS = (
+    *("causal", "window 256", "window 256 anchors 4", "window 1024", "prefix 512"),
+    *("chunks 512", "documents 512", "decode"),
+)
 START, END = "<!-- written by benchmarks/attention.py -->", "<!-- end -->"
 
 
@@ -53,6 +59,24 @@ class Measurement:
     """How many times as fast as SDPA with a dense mask."""
     computed: float
     open: float
+    gflops_per_s: float
+    gbytes_per_s: float
+    of_ceiling: float
+
+
+def ceilings(device: torch.device) -> tuple[float, float]:
+    """What this machine reaches: FLOP/s of a float32 matrix product, bytes/s read and written by a copy."""
+    a, source = torch.randn(2048, 2048, device=device), torch.randn(1 << 26, device=device)
+    into = torch.empty_like(source)
+    found = []
+    for call, work in ((lambda: a @ a, 2.0 * 2048**3), (lambda: into.copy_(source), 2.0 * 4 * (1 << 26))):
+        seconds = []
+        for _ in range(4):
+            start = clock(device)
+            call()
+            seconds.append(clock(device) - start)
+        found.append(work / min(seconds[1:]))
+    return found[0], found[1]
 
 
 def facts(kind: str, t: int, device: torch.device) -> dict[str, Any]:
@@ -61,7 +85,12 @@ def facts(kind: str, t: int, device: torch.device) -> dict[str, Any]:
     if name == "causal":
         return {"high": 0}
     if name == "window":
-        return {"low": 1 - int(number), "high": 0}
+        width, _, anchors = number.partition(" anchors ")
+        return {"low": 1 - int(width), "high": 0, **({"anchors": int(anchors)} if anchors else {})}
+    if name == "prefix":
+        return {"high": 0, "prefix": int(number)}
+    if name == "decode":
+        return {"mask": (torch.arange(t, device=device) < t // 4)[None, None, None]}
     if name == "chunks":
         ids = torch.arange(t, device=device) // int(number)
     else:
@@ -74,6 +103,9 @@ def shares(q: Tensor, k: Tensor, told: dict[str, Any], mask: Tensor) -> tuple[fl
     """Shares of all pairs: those in blocks, and those that the mask leaves open."""
     given = {
         "low": -q.shape[-2],
+        "high": k.shape[-2],
+        "anchors": 0,
+        "prefix": 0,
         "query_ids": None,
         "key_ids": None,
         "bias": None,
@@ -82,7 +114,8 @@ def shares(q: Tensor, k: Tensor, told: dict[str, Any], mask: Tensor) -> tuple[fl
     }
     settings = {"scale": 1.0, "fill": 0.0, "softcap": 0.0, "zero_masked_rows": False, "rows_see_key": True}
     call = Call(q, k, k, **(given | settings | told))
-    spans = [(b.queries.stop - b.queries.start) * (b.keys.stop - b.keys.start) for b in blocks_of(call)]
+    length = lambda x: x.stop - x.start  # noqa: E731
+    spans = [length(b.queries) * length(keys) for b in blocks_of(call) for _, keys in b.segments]
     return sum(spans) / mask.numel(), float(mask.float().mean())
 
 
@@ -128,13 +161,14 @@ def clock(device: torch.device) -> float:
 
 
 def measure(
-    kind: str, t: int, d: int, device: torch.device, rounds: int, flex: bool
+    kind: str, t: int, d: int, device: torch.device, rounds: int, flex: bool, most: tuple[float, float]
 ) -> Iterator[Measurement]:
     """All versions of one attention, in turn."""
-    shapes = ((1, HEADS, t, d), (1, KV_HEADS, t, d), (1, KV_HEADS, t, d))
+    queries = 1 if kind == "decode" else t
+    shapes = ((1, HEADS, queries, d), (1, KV_HEADS, t, d), (1, KV_HEADS, t, d))
     q, k, v = (torch.randn(shape, device=device) for shape in shapes)
     told = facts(kind, t, device)
-    mask = open_keys(t, t, device, **told)
+    mask = told["mask"] if "mask" in told else open_keys(t, t, device, **told)
     assert mask is not None
     computed, left = shares(q, k, told, mask)
     calls = versions(kind, (q, k, v), told, mask, flex)
@@ -143,27 +177,38 @@ def measure(
         for call in calls.values():
             torch.testing.assert_close(call(), wanted, rtol=1e-4, atol=1e-4)
     times: dict[str, list[float]] = {name: [] for name in calls}
+    again = 20 if kind == "decode" else 1  # a step is short beside the clock
     for _ in range(rounds + 1):
         for name, call in calls.items():
             start = clock(device)
-            call()
-            times[name].append(clock(device) - start)
+            for _ in range(again):
+                call()
+            times[name].append((clock(device) - start) / again)
     medians = {name: statistics.median(found[1:]) for name, found in times.items()}
     base = medians["sdpa, dense mask"]
+    flops = 4.0 * HEADS * queries * t * d * left
+    seen = float(mask.reshape(-1, t).any(0).sum()) / t
+    bytes_ = 4.0 * d * (2 * HEADS * queries + 2 * KV_HEADS * t * seen)
     for name, seconds in medians.items():
         share = computed if name == "blocks" else (0.5 if name == "sdpa, is_causal" else 1.0)
+        share = left if name == "flex" else share
+        reached = flops / seconds, bytes_ / seconds
+        of = max(reached[0] / most[0], reached[1] / most[1])
+        ratio = base / seconds
         yield Measurement(
-            kind, t, d, name, 1e3 * seconds, base / seconds, share if name != "flex" else left, left
+            *(kind, t, d, name, 1e3 * seconds, ratio, share, left),
+            *(reached[0] / 1e9, reached[1] / 1e9, of),
         )
 
 
 def table(measurements: list[dict[str, Any]], about: str) -> str:
     """As Markdown."""
-    head = "| mask | t | d | version | ms | times as fast | computed | open |\n"
-    head += "|---|--:|--:|---|--:|--:|--:|--:|\n"
+    head = "| mask | t | d | version | ms | times as fast | computed | open | GFLOP/s | GB/s | of ceiling |\n"
+    head += "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|\n"
     rows = [
         f"| {m['kind']} | {m['t']} | {m['d']} | {m['version']} | {m['milliseconds']:.1f} | {m['ratio']:.2f} |"
-        f" {m['computed']:.3f} | {m['open']:.3f} |"
+        f" {m['computed']:.3f} | {m['open']:.3f} | {m['gflops_per_s']:.1f} | {m['gbytes_per_s']:.1f} |"
+        f" {m['of_ceiling']:.2f} |"
         for m in measurements
     ]
     return f"{about}\n\n{head}" + "\n".join(rows)
@@ -204,15 +249,25 @@ def main() -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         device, done = torch.device(arguments.device), []
+        most = ceilings(device)
         with torch.no_grad():
             for kind in arguments.kinds:
                 for t in arguments.sizes:
                     for d in arguments.head_sizes:
-                        made = measure(kind, t, d, device, arguments.rounds, arguments.flex)
+                        made = measure(kind, t, d, device, arguments.rounds, arguments.flex, most)
                         done += [asdict(m) for m in made]
-        found = {"machine": machine(), "heads": HEADS, "rounds": arguments.rounds, "measurements": done}
+        reached = {"matmul_flops_per_s": most[0], "copy_bytes_per_s": most[1]}
+        found = {
+            "machine": machine(),
+            "ceilings": reached,
+            "heads": HEADS,
+            "rounds": arguments.rounds,
+            "measurements": done,
+        }
     about = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if value)
-    about += f"; float32, batch 1, {found['heads']} heads, median of {found['rounds']} rounds."
+    about += f"; float32, batch 1, {found['heads']} heads, median of {found['rounds']} rounds. Ceilings:"
+    about += f" {found['ceilings']['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s,"
+    about += f" {found['ceilings']['copy_bytes_per_s'] / 1e9:.1f} GB/s."
     text = table(found["measurements"], about)
     print(text)
     if arguments.json:

@@ -1,10 +1,12 @@
 """The twelve reference architectures, eager attention, against Inductor: latency, compile time, recognition.
 
     python benchmarks/twelve.py --json benchmarks/results/twelve-cpu.json
+    python benchmarks/twelve.py --dynamic --rounds 3
 
 One process, interleaved rounds, medians; `effopt.bench.compare` does the measuring. `checks` is the
 share of effopt's compile time that its passes and checks take. `capture` is milliseconds a node of
-the captured graph.
+the captured graph. With --dynamic only the capture is measured, with dynamic shapes and with static
+ones in turns, in processor time; the first of each is thrown away, for it pays for imports.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 
 from effopt.bench import Comparison, compare, machine
 from effopt.commands.model import NAMES, Size, load
+from effopt.graph.capture import capture
 
 
 def row(name: str, size: Size, rounds: int) -> dict[str, Any]:
@@ -48,6 +52,34 @@ def row(name: str, size: Size, rounds: int) -> dict[str, Any]:
     }
 
 
+def captures(name: str, size: Size, rounds: int) -> dict[bool, list[float]]:
+    """Milliseconds of processor time a captured node takes, by whether shapes are dynamic."""
+    example = load(name, size)
+    taken: dict[bool, list[float]] = {True: [], False: []}
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        start = time.process_time()
+        captured = capture(module, inputs)
+        spent_s, nodes = time.process_time() - start, len(captured.module.graph.nodes)
+        taken[is_dynamic].append(1e3 * spent_s / nodes)
+        return module.forward
+
+    for is_dynamic in (True, False) * (rounds + 1):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(example.model, backend=backend, dynamic=is_dynamic)(*example.args, **example.kwargs)
+    return {key: values[len(values) // (rounds + 1) :] for key, values in taken.items()}
+
+
+def print_captures(names: list[str], size: Size, rounds: int) -> None:
+    """A row for each architecture: medians, and the highest."""
+    print(f"{'capture, ms a node':<20}{'dynamic':>9}{'highest':>9}{'static':>9}{'highest':>9}")
+    for name in names:
+        taken = captures(name, size, rounds)
+        cells = "".join(f"{statistics.median(v):>9.2f}{max(v):>9.2f}" for v in (taken[True], taken[False]))
+        print(f"{name:<20}{cells}", flush=True)
+
+
 def main() -> None:
     """Print the table, the geometric mean and the worst ratio."""
     parser = argparse.ArgumentParser(
@@ -60,11 +92,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--only", nargs="*", default=list(NAMES))
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--dynamic", action="store_true", help="measure the capture of dynamic shapes, and only that"
+    )
     arguments = parser.parse_args()
     size = Size(
         layers=arguments.layers, hidden=arguments.hidden, batch=arguments.batch, tokens=arguments.tokens
     )
     print(f"{size}\n{machine()}")
+    if arguments.dynamic:
+        print_captures(arguments.only, size, arguments.rounds)
+        return
     print(
         f"{'':<10}{'attention':>10}{'eager':>10}{'inductor':>10}{'effopt':>9}{'ratio':>7}{'quartiles':>14}"
         f"{'compile s':>11}{'inductor':>10}{'checks':>8}{'capture':>9}{'error':>9}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effopt.backends.base import Lowering as Lowering
+    from effopt.cache_edits import rerotate as rerotate
     from effopt.caches import cache_for as cache_for
     from effopt.calibration import calibrate as calibrate
     from effopt.compile import explain as explain
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "effopt.backends.base": ("Lowering",),
+    "effopt.cache_edits": ("rerotate",),
     "effopt.caches": ("cache_for",),
     "effopt.calibration": ("calibrate",),
     "effopt.compile": ("explain", "record"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import time
@@ -17,10 +18,13 @@ from torch.fx import GraphModule
 from effopt import pipeline as pipelines
 from effopt.backends import inductor, run_time
 from effopt.backends.lower import lower
+from effopt.backends.measured import Measurer
 from effopt.backends.outline import outline
 from effopt.errors import CaptureRefused, OptionError, PlanError
 from effopt.graph import release
+from effopt.graph.analyses.gradients import differentiable
 from effopt.graph.capture import Captured, capture
+from effopt.graph.held_masks import STANDS_ON, HeldMasks
 from effopt.graph.restore import restore
 from effopt.graph.weights import DerivedWeights
 from effopt.options import Options
@@ -124,7 +128,10 @@ def effopt(
         listener.graphs.append(report)
         listener.faults.extend(f for f in registry.faults if f not in listener.faults)
     try:
-        compilation = _Compilation(parsed, registry, pipeline, plans, report, is_read=bool(listeners))
+        standing = [p.name for p in pipeline if STANDS_ON in p.provides]
+        again = {**(options or {}), "disable": [*parsed.disable, *standing]}
+        otherwise = torch.compile(module, backend=functools.partial(effopt, options=again, mode=mode))
+        compilation = _Compilation(parsed, registry, pipeline, plans, report, otherwise, bool(listeners))
         with _oldest_uncollected():
             compiled = compilation.run(module, inputs)
         registry.hook.effopt_compile_end(report=report)
@@ -161,11 +168,14 @@ class _Compilation:
         pipeline: list[Pass],
         plans: tuple[Plan, ...],
         report: GraphReport,
+        otherwise: Callable[..., Any],
         is_read: bool = True,
     ) -> None:
         self.options, self.registry, self.pipeline, self.report = options, registry, pipeline, report
         self.plans = Plans(plans, pipeline=report.pipeline)
-        self.is_read = is_read
+        self.masks, self.is_read = HeldMasks(), is_read
+        self.otherwise = otherwise
+        """The graph without what stands on buffers, compiled when it is first called."""
         watching = observers(
             registry,
             report,
@@ -206,7 +216,8 @@ class _Compilation:
             return run_time.with_fresh_weights(self._hand_over(module, inputs), weights)
         # Casts are nodes of the captured graph: from here on, autocast would make them a second time.
         with torch._C._DisableAutocast():
-            compiled = self._compile(captured, inputs)
+            self.masks.inputs = inputs
+            compiled = run_time.while_masks_hold(self._compile(captured, inputs), self.masks, self.otherwise)
         if torch._C._is_any_autocast_enabled():
             compiled = run_time.without_autocast(compiled)
         return run_time.unless_storage_is_shared(compiled, captured.mutated, inputs, self._original(module))
@@ -261,6 +272,7 @@ class _Compilation:
             training=captured.training,
             approve=lambda p, m, r: hook.effopt_approve_rewrite(pass_=p, match=m, replacement=r),
             weights=weights,
+            masks=self.masks,
             plans=self.plans,
         )
         self.report.nodes_before = len(module.graph.nodes)
@@ -277,6 +289,7 @@ class _Compilation:
 
     def _lower(self, captured: Captured, inputs: Sequence[Any], weights: DerivedWeights) -> GraphModule:
         with self._timed("lower"):
+            measurer = self._measurer(captured, inputs) if self.options.lowering == "measured" else None
             chosen = lower(
                 captured.module,
                 self.registry.ops,
@@ -285,16 +298,24 @@ class _Compilation:
                 captured.training,
                 self.options.lowering,
                 weights,
+                measurer,
             )
+            self.report.faults.extend(measurer.faults if measurer else ())
             self.report.lowerings = [
                 LoweringRecord(c.node, c.op, c.choice.lowering.name, c.choice.refused) for c in chosen
             ]
             return restore(captured, runs_eagerly=self.options.lowering == "eager")
 
+    def _measurer(self, captured: Captured, inputs: Sequence[Any]) -> Measurer:
+        carrying = differentiable(captured.module, inputs) if captured.training else frozenset()
+        return Measurer(carrying, self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {**inductor.mode_options(self.options.mode), **self.options.inductor}
+
     def _hand_over(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.options.lowering == "eager":
             return inductor.run_eagerly(module)
-        settings = {**inductor.mode_options(self.options.mode), **self.options.inductor}
         with self._timed("backend"):
             identity = "|".join(p.fingerprint() for p in self.pipeline)
-            return inductor.compile_graph(module, inputs, settings, identity)
+            return inductor.compile_graph(module, inputs, self._settings(), identity)

@@ -9,7 +9,7 @@ from typing import Any
 
 from effopt.errors import OptionError, unknown
 
-_CHOICES = {"verify": ("off", "first", "always"), "lowering": ("auto", "reference", "eager")}
+_CHOICES = {"verify": ("off", "first", "always"), "lowering": ("auto", "measured", "reference", "eager")}
 _TYPES: dict[str, tuple[type, ...]] = {
     "disable": (str, list, tuple),
     "inductor": (Mapping,),
@@ -45,7 +45,8 @@ class Options:
     dump: str | None = None
     """Directory to write the graph to, before and after each pass that changed it."""
     lowering: str = "auto"
-    """`reference` inlines every reference; `eager` runs the graph without Inductor."""
+    """`measured` tries kernels that are predicted to be near each other; `reference` inlines every reference;
+    `eager` runs the graph without Inductor."""
     release_weights: bool = False
     """Free parameters that a pass replaced and no graph reads. Eager calls of the model then raise."""
     outline: bool = True

@@ -102,7 +102,7 @@ def test_explain_a_function_of_ones_own(
         (("explain", "no.such.module:f"), "cannot import 'no.such.module'"),
         (("explain", "llama", "--attention", "egaer"), "Did you mean 'eager'?"),
         (("explain", "llama", "--hidden", "100", "--heads", "8"), "multiple of twice --heads"),
-        (("explain", "llama", *TINY[:-2], "--lowering", "fast"), "Valid: auto, eager, reference"),
+        (("explain", "llama", *TINY[:-2], "--lowering", "fast"), "Valid: auto, eager, measured, reference"),
         (
             ("explain", "llama", *TINY, "--passes", "recognize-attentoin"),
             "Did you mean 'recognize-attention'?",

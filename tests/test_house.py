@@ -35,6 +35,7 @@ LAYER = {
     "bench": 7,
     "calibration": 6,
     "tuning": 6,
+    "cache_edits": 5,
     "split_layers": 4,
     "cache_layers": 5,
     "caches": 6,

@@ -48,6 +48,12 @@ class Choice:
     refused: tuple[tuple[str, str], ...]
 
 
+NEAR = 4.0
+"""Predictions within this factor of the least may be wrong about which is the fastest: those are measured."""
+Measure = Callable[[Sequence[Lowering]], Mapping[str, float | str] | str]
+"""Lowerings -> seconds of each by name, or why that one has none; or why none of them was measured."""
+
+
 def choose(
     lowerings: Sequence[Lowering],
     target: Target,
@@ -55,6 +61,7 @@ def choose(
     result: Any,
     training: bool,
     constants: Container[str] = (),
+    measure: Measure | None = None,
 ) -> Choice:
     """The cheapest lowering that supports these operands.
 
@@ -65,6 +72,7 @@ def choose(
         result: fake result of the op.
         training: whether a backward pass will be taken through the op.
         constants: names of the operands that a lowering may have in its own layout.
+        measure: asked where more than one prediction is near the least; without it the least is taken.
     """
     able, refused = [], []
     for lowering in lowerings:
@@ -79,10 +87,30 @@ def choose(
             able.append((lowering.cost(target, operands, result), lowering))
         else:
             refused.append((lowering.name, reason))
-    cost, best = min(able, key=lambda entry: entry[0])
-    for other_cost, other in able:
-        if other is not best:
-            refused.append(
-                (other.name, f"predicted {other_cost * 1e6:.1f} us, {best.name} {cost * 1e6:.1f} us")
-            )
+    least = min(cost for cost, _ in able)
+    near = [lowering for cost, lowering in able if cost <= NEAR * least]
+    found = measure(near) if measure is not None and len(near) > 1 else {}
+    times = {} if isinstance(found, str) else {k: t for k, t in found.items() if not isinstance(t, str)}
+    if times:
+        best = min((low for low in near if low.name in times), key=lambda low: times[low.name])
+    else:
+        best = min(able, key=lambda entry: entry[0])[1]
+    costs = [(cost, other) for cost, other in able if other is not best]
+    predicted = next(cost for cost, lowering in able if lowering is best)
+    for cost, other in costs:
+        words = f"predicted {cost * 1e6:.1f} us, {best.name} {predicted * 1e6:.1f} us"
+        refused.append((other.name, _measured(other, best, found, times) or words))
     return Choice(best, tuple(refused))
+
+
+def _measured(
+    other: Lowering, best: Lowering, found: Mapping[str, float | str] | str, times: Mapping[str, float]
+) -> str | None:
+    """Why `other` was not taken, as far as measuring says."""
+    if other.name in times:
+        return f"measured {times[other.name] * 1e6:.1f} us, {best.name} {times[best.name] * 1e6:.1f} us"
+    if isinstance(found, str):
+        return f"predicted to take longer than {best.name}, and not measured: {found}"
+    if other.name in found:
+        return f"could not be measured: {found[other.name]}"
+    return f"predicted to take over {NEAR:g} times the least, and so not measured" if times else None

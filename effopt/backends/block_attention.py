@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from effopt.backends.base import Lowering
-from effopt.backends.key_blocks import Block, Call, allowed_in, block_size, blocks_of, open_in, part
+from effopt.backends.key_blocks import Block, Call, allowed_in, block_size, blocks_of, open_in, part, part_in
 from effopt.graph import ops
 from effopt.graph.ops.attention import band_share, score_flops
-from effopt.graph.ops.base import Operands, hint
+from effopt.graph.ops.base import Operands, hint, tensor_bytes
 from effopt.target import Target
 
 _UNREACHED = -1e9
@@ -31,8 +32,8 @@ _BLOCK_S = 4e-5
 """Seconds that a block takes beside its arithmetic: slices, one call, one copy of the result."""
 _STEPWISE = 2.0
 """How much longer soft-cap and sinks take, which the reference computes step by step."""
-_GROUPS_SHARE = 0.5
-"""Share of keys that ids are guessed to leave open where no one knows them yet: a row of two documents."""
+_GUESSED_SHARE = 0.5
+"""Share of keys that is guessed to be open where values tell: a row of two documents, a cache half full."""
 
 
 def _attend(call: Call, block: Block, q: Tensor, k: Tensor, v: Tensor, mean: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ def _like(bias: Tensor, q: Tensor) -> Tensor:
 
 
 def _bias_in(call: Call, block: Block) -> Tensor | None:
-    return None if call.bias is None else part(call.bias, block.batch, block.queries, block.keys)
+    return None if call.bias is None else part_in(call.bias, block)
 
 
 def _mean(call: Call) -> Tensor:
@@ -89,12 +90,12 @@ def forward(call: Call) -> Tensor:
     out = call.query.new_empty((*call.query.shape[:-1], call.value.shape[-1]))
     mean = _mean(call)
     for block in blocks_of(call):
-        batch, queries, keys = block.batch, block.queries, block.keys
+        batch, queries = block.batch, block.queries
         into = out[batch, :, queries]
-        if keys.start >= keys.stop:
+        if block.is_empty:
             into.copy_(mean[batch].expand_as(into))
             continue
-        q, k, v = call.query[batch, :, queries], call.key[batch, :, keys], call.value[batch, :, keys]
+        q, k, v = call.query[batch, :, queries], *(block.read(x[batch], 2) for x in (call.key, call.value))
         into.copy_(_attend(call, block, q, k, v, mean[batch]))
     return out
 
@@ -108,26 +109,29 @@ def backward(call: Call, grad: Tensor, needs_bias: bool) -> list[Tensor]:
     heads, hkv = call.query.shape[1], call.key.shape[1]
     mean = grad.new_zeros((grad.shape[0], heads, 1, grad.shape[-1]), dtype=wide)
     for block in blocks_of(call):
-        batch, queries, keys = block.batch, block.queries, block.keys
+        batch, queries = block.batch, block.queries
         rows = grad[batch, :, queries].to(wide)
-        if keys.start >= keys.stop:
+        if block.is_empty:
             mean[batch] += rows.sum(-2, keepdim=True)
             continue
         q = call.query[batch, :, queries].to(wide)
-        k, v = (x[batch, :, keys].to(wide).repeat_interleave(heads // hkv, 1) for x in (call.key, call.value))
+        k, v = (block.read(x[batch], 2).to(wide) for x in (call.key, call.value))
+        k, v = (x.repeat_interleave(heads // hkv, 1) for x in (k, v))
         weights, slope, sink, blind = _weights(call, block, q, k)
         by_weight = rows @ v.mT
         held = (weights * by_weight).sum(-1, keepdim=True)
         by_score = weights * (by_weight - held)
-        if needs_bias:
+        for columns, keys in block.segments if needs_bias else ():
             into = part(bias, batch, queries, keys)
-            into += by_score.sum_to_size(into.shape)
+            into += by_score[..., columns].sum_to_size(into.shape)
         if sink is not None:
             sinks -= (sink * held).sum((0, 2, 3))
         by_product = (by_score if slope is None else by_score * slope) * call.scale
         query[batch, :, queries] += by_product @ k
-        key[batch, :, keys] += (by_product.mT @ q).unflatten(1, (hkv, -1)).sum(2)
-        value[batch, :, keys] += (weights.mT @ rows).unflatten(1, (hkv, -1)).sum(2)
+        by_key, by_value = (by_product.mT @ q), (weights.mT @ rows)
+        for columns, keys in block.segments:
+            key[batch, :, keys] += by_key[:, :, columns].unflatten(1, (hkv, -1)).sum(2)
+            value[batch, :, keys] += by_value[:, :, columns].unflatten(1, (hkv, -1)).sum(2)
         mean[batch] += (rows * blind).sum(-2, keepdim=True)
     if _gives_mean(call):
         value += mean.unflatten(1, (hkv, -1)).sum(2) / call.value.shape[-2]
@@ -161,7 +165,7 @@ def _weights(
 _SCHEMA = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? sinks, Tensor? query_ids,"
     " Tensor? key_ids, float scale, float fill, float softcap, SymInt low, SymInt high,"
-    " bool zero_masked_rows, bool rows_see_key"
+    " SymInt anchors, SymInt prefix, bool zero_masked_rows, bool rows_see_key"
 )
 
 
@@ -212,7 +216,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     query, key, value, bias, sinks = (
         g if n else None for g, n in zip(made, (*needs[:4], needs[5]), strict=True)
     )
-    return (query, key, value, bias, None, sinks, *(None,) * 9)
+    return (query, key, value, bias, None, sinks, *(None,) * 11)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -245,11 +249,11 @@ def block_attention(
     low = -query.shape[-2] if low is None else low
     high = key.shape[-2] if high is None else high
     if is_causal:
-        high = torch.sym_min(high, 0)
+        high, prefix = torch.sym_min(high, 0), None
     floor = -math.inf if fill is None else fill
     return _forward(
         *(query, key, value, bias, mask, sinks, query_ids, key_ids),
-        *(scale, floor, softcap, low, high, zero_masked_rows, rows_see_key),
+        *(scale, floor, softcap, low, high, anchors or 0, prefix or 0, zero_masked_rows, rows_see_key),
     )
 
 
@@ -260,14 +264,19 @@ def _supports(target: Target, operands: Operands) -> str | None:
         return f"wants a batch and heads, 4 dimensions, got {operands['query'].dim()}"
     if operands["dropout_p"]:
         return "has no dropout"
-    if operands["anchors"] is not None or operands["prefix"] is not None:
-        return "first keys that the band or ids do not mask are not skipped to"
+    if operands["is_causal"] and operands["prefix"] is not None and operands["high"] is not None:
+        return "causal, and first keys that a band behind it does not mask: one of the two at a time"
     stepwise = bool(operands["softcap"]) or operands["sinks"] is not None
-    if all(operands[name] is None for name in ("low", "high", "query_ids")) and not (
-        operands["is_causal"] and stepwise
-    ):
+    told = any(operands[name] is not None for name in ("low", "high", "query_ids"))
+    if not told and not (operands["is_causal"] and stepwise) and not _is_cache(operands):
         return "no band and no ids are proved: which keys could be left out is not known"
     return _refuses_fill(operands)
+
+
+def _is_cache(operands: Operands) -> bool:
+    """Whether one query reads a cache by a mask: that of a static cache, whose last keys are not written."""
+    mask, t = operands["mask"], operands["query"].shape[-2]
+    return mask is not None and mask.dim() > 0 and statically_known_true(t == 1)
 
 
 def _refuses_fill(operands: Operands) -> str | None:
@@ -291,13 +300,16 @@ def _cost(target: Target, operands: Operands, result: Any) -> float:
     high = s if operands["high"] is None else hint(operands["high"])
     lanes = hint(query.shape[0]) * hint(query.shape[1])
     size = block_size(t, low, min(high, 0) if operands["is_causal"] else high, lanes)
-    share = min(1.0, band_share(operands) + size / max(s, 1))
+    share = min(1.0, band_share(operands) + min(size, t - 1) / max(s, 1))
     ids = operands["query_ids"]
-    share *= 1.0 if ids is None else _GROUPS_SHARE
+    guessed = 1.0 if ids is None and not _is_cache(operands) else _GUESSED_SHARE
+    share *= guessed
     entries = hint(query.shape[0]) if ids is not None and ids.dim() == 2 else 1
     stepwise = bool(operands["softcap"]) or operands["sinks"] is not None
     work = share * score_flops(operands) * (_STEPWISE if stepwise else 1.0)
     moved = ops.attention.bytes_moved(operands, result)
+    if t == 1:
+        moved -= (1.0 - guessed) * tensor_bytes([operands["key"], operands["value"]])
     blocks = entries * math.ceil(t / size)
     return max(moved / target.bytes_per_s, work / target.flops_per_s) + blocks * _BLOCK_S
 

@@ -13,6 +13,7 @@ import torch
 import torch._functorch.config as functorch_config
 import torch.utils.checkpoint
 from torch._dynamo.source import ConstantSource
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule
 
@@ -21,6 +22,9 @@ from effopt.backends.outline import OUTLINED
 
 _invoke = torch.ops.higher_order.invoke_subgraph
 _checkpoint = torch.ops.higher_order.tag_activation_checkpoint
+
+# Inductor's slots for passes of others.
+_BEFORE_LOWERING, _AFTER_FUSION = "post_grad_custom_pre_pass", "_post_fusion_custom_pass"
 
 
 def compile_graph(
@@ -43,14 +47,29 @@ def compile_graph(
         if node.op == "call_function" and getattr(node.target, "__module__", "").startswith("effopt"):
             marked[f"{node.target.__module__}.{node.target.__name__}"] = identity
     _name_constants(module)
+    # The user's own come from the options, else from Inductor's configuration at this moment.
+    theirs = options.get(_BEFORE_LOWERING, getattr(config, _BEFORE_LOWERING))
     patches = {
         **options,
         "unsafe_marked_cacheable_functions": marked,
-        "post_grad_custom_pre_pass": _first(SettleAliases(), options.get("post_grad_custom_pre_pass")),
+        _BEFORE_LOWERING: _first(SettleAliases(), theirs),
+        **_shared_files(options.get(_AFTER_FUSION) or getattr(config, _AFTER_FUSION, None)),
     }
     with _own_buffers(module), _known_to_write_nothing(module):
         compiled: Callable[..., Any] = inductor.compile(module, list(inputs), options=patches)
     return compiled
+
+
+def _shared_files(theirs: Any) -> dict[str, Any]:
+    """The setting that has kernels share files: not beside a pass of the user's, nor on torch 2.11.
+
+    There a pass in this slot has no identity, and Inductor would stop caching.
+    """
+    if theirs is not None or not hasattr(custom_graph_pass, "CustomSchedulerPass"):
+        return {}
+    from effopt.backends.kernel_files import ShareFiles  # imports all of Inductor
+
+    return {_AFTER_FUSION: ShareFiles()}
 
 
 def run_eagerly(module: GraphModule) -> Callable[..., Any]:

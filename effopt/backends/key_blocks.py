@@ -2,7 +2,7 @@
 
 The keys of a block go from the first to the last that any of its rows sees: by the band, by the ids (keys
 whose id lies between the least and the greatest of the block's: no order is assumed), and by a mask over
-keys. Nothing about the values is taken on trust.
+keys. Anchors, which neither band nor ids mask, come before them. Nothing about the values is taken on trust.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ class Call:
     softcap: float
     low: int
     high: int
+    anchors: int
+    prefix: int
     zero_masked_rows: bool
     rows_see_key: bool
     bands: dict[tuple[int, ...], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
-    """Masks of blocks that differ in nothing but their place: queries, keys, low, high."""
+    """Masks of blocks that differ in nothing but their place: queries, keys, and bounds counted from them."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,25 @@ class Block:
     batch: slice
     queries: slice
     keys: slice
+    anchors: int = 0
+    """How many of the first keys are read before `keys`, which begin later."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no query of the block sees a key."""
+        return self.keys.start >= self.keys.stop
+
+    @property
+    def segments(self) -> list[tuple[slice, slice]]:
+        """Columns of the block, and the keys that they are."""
+        end = self.anchors + self.keys.stop - self.keys.start
+        keys = (slice(self.anchors, end), self.keys)
+        return [keys] if not self.anchors else [(slice(0, self.anchors),) * 2, keys]
+
+    def read(self, x: Tensor, dim: int) -> Tensor:
+        """The keys of the block along one dimension of `x`."""
+        parts = [x.narrow(dim, k.start, k.stop - k.start) for _, k in self.segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def blocks_of(call: Call) -> Iterator[Block]:
@@ -63,8 +84,13 @@ def blocks_of(call: Call) -> Iterator[Block]:
     for batch in entries:
         for start in range(0, t, size):
             queries = slice(start, min(t, start + size))
-            first, last = max(0, start + call.low), min(s, queries.stop + call.high)
-            yield Block(batch, queries, _narrowed(call, batch, queries, first, max(first, last)))
+            first, last = max(0, start + call.low), min(s, max(queries.stop + call.high, call.prefix))
+            anchors = max(0, min(call.anchors, last))
+            first = max(first, anchors)
+            keys = _narrowed(call, batch, queries, first, max(first, last))
+            if anchors and keys.start in (anchors, keys.stop):
+                anchors, keys = 0, slice(0, max(anchors, keys.stop if keys.start < keys.stop else 0))
+            yield Block(batch, queries, keys, anchors)
 
 
 def _per_entry(call: Call) -> list[tuple[Tensor | None, int]]:
@@ -117,6 +143,13 @@ def part(x: Tensor, batch: slice, queries: slice, keys: slice) -> Tensor:
     return x if not x.dim() or x.shape[-1] == 1 else x[..., keys]
 
 
+def part_in(x: Tensor, block: Block) -> Tensor:
+    """The same for one block, its anchors included."""
+    parts = [part(x, block.batch, block.queries, keys) for _, keys in block.segments]
+    alike = len(parts) == 1 or not x.dim() or x.shape[-1] == 1
+    return parts[0] if alike else torch.cat(parts, -1)
+
+
 def open_in(call: Call, block: Block) -> Tensor | None:
     """Which keys of a block its queries see, 2 or 4 dimensions; None if all do."""
     band, rest = _band(call, block)[0], _besides_band(call, block)
@@ -131,27 +164,50 @@ def allowed_in(call: Call, block: Block) -> Tensor | None:
 
 def _band(call: Call, block: Block) -> tuple[Tensor | None, Tensor | None]:
     """The band of a block as truth values, and as 0 and -inf; None if it leaves all open."""
-    t, s = block.queries.stop - block.queries.start, block.keys.stop - block.keys.start
-    shift = block.keys.start - block.queries.start
-    low, high = max(call.low - shift, 1 - t), min(call.high - shift, s - 1)
-    key = (t, s, low, high)
+    t, start = block.queries.stop - block.queries.start, block.queries.start
+    bounds = [_bounds(call, keys, start, t) for _, keys in block.segments]
+    key = (t, *(number for segment in bounds for number in segment))
     if key not in call.bands:
-        bounds = (low if low > 1 - t else None, high if high < s - 1 else None)
-        seen = open_keys(t, s, call.query.device, *bounds)
-        added = None if seen is None else call.query.new_zeros(t, s).masked_fill(~seen, -math.inf)
+        parts = [_band_part(t, *segment, call.query.device) for segment in bounds]
+        seen = None if all(x is None for x in parts) else _joined(parts, t, [b[0] for b in bounds])
+        added = None if seen is None else torch.zeros_like(seen, dtype=call.query.dtype)
+        added = None if added is None or seen is None else added.masked_fill(~seen, -math.inf)
         call.bands[key] = seen, added
     return call.bands[key]
+
+
+def _bounds(call: Call, keys: slice, start: int, t: int) -> tuple[int, int, int, int, int]:
+    """Number of keys, low, high, anchors and prefix of a run of keys, counted from it."""
+    s, shift = keys.stop - keys.start, keys.start - start
+    low, high = max(call.low - shift, 1 - t), min(call.high - shift, s - 1)
+    return s, low, high, *(max(0, min(n - keys.start, s)) for n in (call.anchors, call.prefix))
+
+
+def _band_part(
+    t: int, s: int, low: int, high: int, anchors: int, prefix: int, device: torch.device
+) -> Tensor | None:
+    below = low if low > 1 - t and anchors < s else None
+    above = high if high < s - 1 and prefix < s else None
+    return open_keys(t, s, device, below, above, anchors=anchors, prefix=prefix)
+
+
+def _joined(parts: list[Tensor | None], t: int, sizes: list[int]) -> Tensor:
+    device = next(x.device for x in parts if x is not None)
+    all_open = (torch.ones(t, s, dtype=torch.bool, device=device) for s in sizes)
+    return torch.cat([x if x is not None else o for x, o in zip(parts, all_open, strict=True)], -1)
 
 
 def _besides_band(call: Call, block: Block) -> Tensor | None:
     seen: Tensor | None = None
     if call.query_ids is not None and call.key_ids is not None:
         rows = _ids(call.query_ids, block.batch, block.queries)
-        keys = _ids(call.key_ids, block.batch, block.keys)
+        keys = block.read(_ids(call.key_ids, block.batch, slice(None)), 1)
         if bool((rows != rows[0, 0]).any()) or bool((keys != rows[0, 0]).any()):
-            seen = open_keys(rows.shape[-1], keys.shape[-1], rows.device, query_ids=rows, key_ids=keys)
+            t, s = rows.shape[-1], keys.shape[-1]
+            anchors = block.anchors or max(0, call.anchors - block.keys.start)
+            seen = open_keys(t, s, rows.device, query_ids=rows, key_ids=keys, anchors=anchors)
     if call.mask is not None:
-        mask = part(call.mask, block.batch, block.queries, block.keys)
+        mask = part_in(call.mask, block)
         mask = mask.expand(*(1,) * (2 - mask.dim()), *mask.shape) if mask.dim() < 2 else mask
         seen = mask if seen is None else seen & mask
     return seen

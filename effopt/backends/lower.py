@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from effopt.backends.base import Choice, Lowering, choose
+from effopt.backends.measured import Measurer
 from effopt.graph.ops.base import Op
 from effopt.graph.values import val
 from effopt.graph.weights import DerivedWeights
@@ -33,6 +34,7 @@ def lower(
     training: bool,
     mode: str = "auto",
     weights: DerivedWeights | None = None,
+    measurer: Measurer | None = None,
 ) -> list[Lowered]:
     """Replace the target of each canonical op by the `call` of its chosen lowering.
 
@@ -45,8 +47,9 @@ def lower(
         lowerings: candidates by op name, the reference last.
         target: device.
         training: whether a backward pass follows.
-        mode: `auto` chooses by cost; `reference` and `eager` take every reference.
+        mode: `auto` and `measured` choose by cost; `reference` and `eager` take every reference.
         weights: the derived constants of the graph; without them no operand is a constant.
+        measurer: asked where predictions are near each other; without it they decide alone.
     """
     weights = weights or DerivedWeights()
     by_overload = {op.overload: op for op in ops.values()}
@@ -57,10 +60,11 @@ def lower(
             continue
         bound = op.bind(node.args, node.kwargs)
         operands = map_aggregate(bound, val)
-        candidates = lowerings[op.name] if mode == "auto" else lowerings[op.name][-1:]
+        candidates = lowerings[op.name][-1:] if mode in ("reference", "eager") else lowerings[op.name]
         asked = {name for candidate in candidates for name in candidate.prepack}
         constants = [name for name in bound if name in asked and weights.is_constant(bound[name])]
-        choice = choose(candidates, target, operands, val(node), training, constants)
+        measure = None if measurer is None else measurer.of(bound, val(node))
+        choice = choose(candidates, target, operands, val(node), training, constants, measure)
         node.target = choice.lowering.call
         if choice.lowering.prepack:
             _prepack(module, node, bound, choice.lowering, weights)

@@ -168,6 +168,9 @@ def _outline_run(module: GraphModule, run: Run, name: str, carrying: frozenset[N
     if not returned:
         return None
     taken = operand_groups(run)
+    if not taken:
+        # Ids that are counted out, say. Inductor takes a subgraph's device from its operands (torch 2.13).
+        return Outlined(name, len(run.instances), len(run.instances[0]), "it reads no tensor")
     body = _body(run.instances[0], taken, returned, carrying)
     found = Outlined(name, len(run.instances), len(run.instances[0]))
     unbound = unbound_symbols(body.graph)

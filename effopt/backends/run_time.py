@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from effopt.graph import release
+from effopt.graph.held_masks import HeldMasks
 from effopt.graph.weights import DerivedWeights
 
 Compiled = Callable[..., Any]
@@ -22,6 +23,18 @@ def with_fresh_weights(compiled: Compiled, weights: DerivedWeights) -> Compiled:
     def call(*inputs: Any) -> Any:
         release.check_call(weights, inputs)
         return compiled(*inputs, *weights.tensors(inputs))
+
+    return call
+
+
+def while_masks_hold(compiled: Compiled, masks: HeldMasks, otherwise: Compiled) -> Compiled:
+    """Run `otherwise` when a buffer that the code stands on has come to hold something else."""
+    masks.forget_inputs()
+    if not masks:
+        return compiled
+
+    def call(*inputs: Any) -> Any:
+        return (compiled if masks.hold(inputs) else otherwise)(*inputs)
 
     return call
 

@@ -29,7 +29,8 @@ Disable = Annotated[str, typer.Option(help="Passes to leave out, separated by co
 Html = Annotated[str, typer.Option(help="Write the report as one HTML page.", show_default=False)]
 JsonFile = Annotated[str, typer.Option("--json", help="Write the result as JSON.", show_default=False)]
 Lowering = Annotated[
-    str, typer.Option(help="auto; reference, to inline every op; eager, to do without Inductor (fast).")
+    str,
+    typer.Option(help="auto; measured; reference, to inline every op; eager, to do without Inductor (fast)."),
 ]
 
 NAMES = (

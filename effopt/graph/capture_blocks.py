@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 
 from effopt.graph.analyses.blocks import Run, blocks, operand_groups, operands, results
@@ -47,7 +48,7 @@ def export_in_blocks(
     for node in module.graph.nodes:
         if "example_value" in node.meta:
             node.meta["val"] = node.meta["example_value"]
-    numbers = _given_numbers(calls)
+    numbers = {**_computed_numbers(calls), **_given_numbers(calls)}
     barriers = frozenset(n for n in calls if n not in numbers and not _is_plain(n))
     carrying = frozenset(n for n in calls if isinstance(val(n), torch.Tensor) and val(n).requires_grad)
     runs = [
@@ -90,10 +91,12 @@ def _watched(fakes: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 def _is_plain(node: Node) -> bool:
-    """A call that computes tensors, or fills one: no change of global state, no size, no foreign region."""
+    """A call that computes tensors, or fills one: no change of global state, no number, no foreign region."""
     value = val(node)
     if node.target is operator.setitem:
         return True  # a block that fills a tensor of its own is functional; of others, it is refused below
+    if isinstance(value, torch.Size):
+        return all(user.target is not operator.getitem for user in node.users)  # a shape, used as a whole
     tensors = value if isinstance(value, (tuple, list)) else (value,)
     return all(isinstance(t, torch.Tensor) for t in tensors) and not isinstance(
         node.target, torch._ops.HigherOrderOperator
@@ -116,6 +119,20 @@ def _given_numbers(calls: Sequence[Node]) -> dict[Node, Any]:
         node: (number.hint, number.expr.is_number, sorted(asked[str(number.expr)]))
         for node, number in found.items()
     }
+
+
+def _computed_numbers(calls: Sequence[Node]) -> dict[Node, Any]:
+    """Numbers that are computed from the sizes and numbers of the inputs, with the formula.
+
+    Layers that read numbers of one formula, in the same symbols, read the same number.
+    """
+    found = {n: str(val(n).node.expr) for n in calls if isinstance(val(n), (torch.SymInt, torch.SymFloat))}
+    return {n: formula for n, formula in found.items() if _is_settled_by_inputs(n)}
+
+
+def _is_settled_by_inputs(node: Node) -> bool:
+    takes_apart = any(isinstance(val(a), (tuple, list)) for a in node.all_input_nodes)
+    return not takes_apart and not free_unbacked_symbols(val(node))
 
 
 def _is_given_number(node: Node) -> bool:

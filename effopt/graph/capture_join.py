@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from effopt.graph.analyses.blocks import Run
+from effopt.graph.values import val
 
 POSITION = "effopt_position"
 """Key of `custom` metadata, which traces hand on: where in the program a node comes from."""
@@ -64,9 +65,12 @@ class _Joiner:
         self.env: dict[tuple[int, int, Node], Node] = {}
         self._operands: dict[tuple[int, int, Node], Any] = {}
         self._results: dict[Node, tuple[int, int, Any]] = {}
+        self._sizes: dict[str, Node] = {}
         parameters = list(outer.graph.find_nodes(op="placeholder"))
         for node in parameters[:inputs]:
-            self.env[_OUTER, 0, node] = self.joined.graph.node_copy(node)
+            self.env[_OUTER, 0, node] = made = self.joined.graph.node_copy(node)
+            if isinstance(val(node), torch.SymInt):
+                self._sizes.setdefault(str(val(node).node.expr), made)
         for k, piece in enumerate(pieces):
             given = list(piece.body.graph.find_nodes(op="placeholder"))
             for c in range(len(piece.run.instances)):
@@ -100,9 +104,18 @@ class _Joiner:
                 self.env[key] = self.value(_OUTER, 0, self._operands[key])
             elif k == _OUTER and node in self._results:
                 self.env[key] = self.value(*self._results[node])
+            elif isinstance(val(node), torch.SymInt):
+                self.env[key] = self._size(k, c, node)
             else:
                 self.env[key] = self._copy(k, c, node)
         return self.env[key]
+
+    def _size(self, k: int, c: int, node: Node) -> Node:
+        """A symbolic size: the first that was made of its formula, as a trace of the whole program has it."""
+        formula = str(val(node).node.expr)
+        if formula not in self._sizes:
+            self._sizes[formula] = self._copy(k, c, node)
+        return self._sizes[formula]
 
     def _copy(self, k: int, c: int, node: Node) -> Node:
         made = self.joined.graph.node_copy(node, lambda operand: self.value(k, c, operand))

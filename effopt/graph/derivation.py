@@ -37,7 +37,7 @@ class Derivation:
     sources: tuple[int | Part, ...]
     """Positions among the parameters, or results of other derivations."""
     states: tuple[State, ...]
-    """What `_state` was of each parameter when the held tensors were computed."""
+    """What `state_of` was of each parameter when the held tensors were computed."""
     count: int
     """Results of `derive`."""
     held: dict[int, Tensor] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Derivation:
             with torch.inference_mode(False), torch.no_grad():
                 for index, tensor in self.held.items():
                     tensor.copy_(made[index])
-        self.states = tuple(_state(p) for p in parameters)
+        self.states = tuple(state_of(p) for p in parameters)
 
     def of(self, parameters: Sequence[Tensor]) -> Derivation:
         """The same, made from these parameters: itself, or what any graph that is called with them reads."""
@@ -88,7 +88,7 @@ class Derivation:
 
     def settle(self) -> None:
         """Take the parameters as they are now, freed perhaps, for what the held tensors were made of."""
-        self.states = tuple(_state(p) for p in self.parameters)
+        self.states = tuple(state_of(p) for p in self.parameters)
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -144,7 +144,7 @@ def shared(
     key = (kind, *identities)
     found = _SHARED.get(key)
     if found is None or not all(s[0]() is p for s, p in zip(found.states, parameters, strict=True)):
-        found = Derivation(kind, derive, sources, tuple(_state(p) for p in parameters), count)
+        found = Derivation(kind, derive, sources, tuple(state_of(p) for p in parameters), count)
         _SHARED[key] = found
     return found
 
@@ -174,7 +174,7 @@ def _owned(tensor: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return tensor.clone() if shares or memory.nbytes() > tensor.numel() * tensor.element_size() else tensor
 
 
-def _state(source: Tensor) -> State:
+def state_of(source: Tensor) -> State:
     """What changes when a parameter is written, replaced (`module.weight = ...`) or given other `.data`."""
     # As long as it is referred to, no other memory gets its address, as other `.data` may.
     memory = StorageWeakRef(source.untyped_storage())

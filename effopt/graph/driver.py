@@ -79,10 +79,34 @@ def apply_rewrite(rule: Rule, module: GraphModule, approve: Approve) -> PassResu
     return driver.result
 
 
+class FoundRule(Protocol):
+    """What the driver needs of a rewrite whose matches an analysis finds."""
+
+    name: ClassVar[str]
+    may_duplicate: ClassVar[bool]
+
+    def legal(self, m: Match) -> None: ...
+    def outputs(self, m: Match) -> tuple[Node, ...]: ...
+    def rewrite(self, emit: Emit, m: Match) -> Any: ...
+
+
+def apply_found(
+    rule: FoundRule, module: GraphModule, matches: Sequence[Match], approve: Approve
+) -> PassResult:
+    """Apply `rule` to the `matches` that are legal; for what no pattern can say. Else as `apply_rewrite`."""
+    driver = _Driver(rule, module.graph, None, approve)
+    # Users before their operands: what a match reads is still the node that it found.
+    for match in sorted(matches, key=lambda m: m.root, reverse=True):
+        driver.take(match)
+    if driver.needs_sort:
+        dataflow.sort_topologically(module.graph)
+    return driver.result
+
+
 class _Driver:
     """One rule over one graph."""
 
-    def __init__(self, rule: Rule, graph: Graph, pattern: Any, approve: Approve) -> None:
+    def __init__(self, rule: Rule | FoundRule, graph: Graph, pattern: Any, approve: Approve) -> None:
         self.rule, self.graph, self.approve = rule, graph, approve
         self.matcher = Matcher(pattern)
         self.result = PassResult()
@@ -90,7 +114,17 @@ class _Driver:
         self.needs_sort = False
         self._explained: dict[Node, tuple[int, Node, str]] = {}
         self._done: set[Node] = set()
-        self.anchors = frozenset(rule.anchors(pattern))
+        self.anchors = frozenset(() if pattern is None else rule.anchors(pattern))  # type: ignore[union-attr]
+
+    def take(self, match: Match) -> None:
+        """Rewrite at one match, or note why not."""
+        try:
+            self._take(match)
+        except Reject as why:
+            if why.reason:
+                self.result.reject(self.rule.name, why.node or match.root, why.reason)
+        except Exception as error:  # noqa: BLE001 - a rule's own fault: undone, reported, others go on
+            self._fault(match, error)
 
     def visit(self, root: Node) -> None:
         """Try to rewrite at `root`, and note why not."""

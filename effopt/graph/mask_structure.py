@@ -39,12 +39,46 @@ _KINDS: dict[type, str] = {
 """What a mask is said to be that stays a tensor."""
 
 
+@dataclass
+class Told:
+    """What the op says by numbers and ids."""
+
+    low: Sum | None = None
+    high: Sum | None = None
+    groups: masks.Groups | None = None
+    anchors: Sum | None = None
+    """How many of the first keys `low` and `groups` do not hide."""
+    prefix: Sum | None = None
+    """How many of the first keys `high` does not hide."""
+
+    def takes(self, term: masks.Term, rank: int) -> bool:
+        """Take a term if the op can say it beside what it says already."""
+        parts, first = (term.otherwise, term.limit) if isinstance(term, masks.Prefix) else ((term,), None)
+        bands = [p for p in parts if isinstance(p, masks.Band)]
+        groups = [p for p in parts if isinstance(p, masks.Groups)]
+        if len(bands) > 1 or len(groups) > 1 or len(bands) + len(groups) < len(parts):
+            return False
+        low, high = (getattr(bands[0], side) if bands else None for side in ("low", "high"))
+        group = groups[0] if groups else None
+        known = all(_is_known(s) for s in (low, high, first) if s is not None)
+        known = known and (group is None or (rank == 4 and _are_numbers(group)))
+        taken = ((self.low, low), (self.high, high), (self.groups, group))
+        if not known or any(old is not None and new is not None for old, new in taken):
+            return False
+        hides_before = low is not None or group is not None
+        if hides_before and (self.low is not None or self.groups is not None) and self.anchors != first:
+            return False
+        self.low, self.high, self.groups = self.low or low, self.high or high, self.groups or group
+        self.anchors = first if hides_before else self.anchors
+        self.prefix = first if high is not None else self.prefix
+        return True
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is known of the keys that each query sees, and the nodes that stay."""
 
-    band: masks.Band
-    groups: masks.Groups | None
+    told: Told
     rest: tuple[Origin, ...]
     """Conditions that stay a mask."""
     whole: bool
@@ -58,13 +92,17 @@ class Plan:
     def describe(self) -> str:
         """In words, for the report."""
         found = []
-        low, high = self.band.low, self.band.high
+        told = self.told
+        low, high = told.low, told.high
         if low is not None or high is not None:
             bounds = [f"{'' if s is None else _text(s)}" for s in (low, high)]
             found.append(f"keys {bounds[0] or 'from the first'} .. {bounds[1] or 'to the last'} of the query")
-        if self.groups is not None:
-            n = self.groups.chunk
+        if told.groups is not None:
+            n = told.groups.chunk
             found.append("documents" if n is None else f"chunks of {n}")
+        for first, bound in ((told.anchors, "behind"), (told.prefix, "ahead")):
+            if first is not None:
+                found.append(f"the first {_text(first)} of those {bound} too")
         left = [f"the mask {o.node.name}" for o in self.rest]
         left += [f"the bias {a.node.name} ({a.kind})" for a in self.added]
         stays = f"; {', '.join(left)} stays a tensor" if left else ""
@@ -89,16 +127,18 @@ def plan(query: Node, key: Node, mask: Node | None, bias: Node | None) -> Plan:
     else:
         form, added, fill = _of_bias(operand, shape_of(query)[-2], shape_of(key)[-2])
     require(not form.closed, "", operand)
-    band, groups, rest = _sorted(form, rank)
-    known = band != masks.Band() or groups is not None or not (form.terms or added)
+    told, rest = _sorted(form, rank)
+    unplaced = any(o is None or not _lies(o, rank) for o in rest)
+    known = told != Told() or not (form.terms or added)
+    # A bias over the keys of one query, as of a static cache: a mask says that what it hides has no weight.
+    known = known or (mask is None and not unplaced and statically_known_true(shape_of(query)[-2] == 1))
     require(known or not form.terms, _reason(form), operand)
     require(known, "", operand)
-    unplaced = any(o is None or not _lies(o, rank) for o in rest)
     require(not unplaced or mask is not None, "what it adds besides cannot be laid out again", operand)
     sees = masks.sees_key(form, shape_of(query)[-2], shape_of(key)[-2])
     sees = sees and all(_is_finite(a.node) for a in added) and (mask is None or bias is None)
     kept = () if unplaced else tuple(o for o in rest if o is not None)
-    return Plan(band, groups, kept, unplaced, added, fill, sees)
+    return Plan(told, kept, unplaced, added, fill, sees)
 
 
 def _of_bias(bias: Node, t: Any, s: Any) -> tuple[masks.Form, tuple[masks.Added, ...], float | None]:
@@ -131,21 +171,18 @@ def _what(node: Node) -> str:
     return "an input" if node.op == "placeholder" else str(node.target).removesuffix(".default")
 
 
-def _sorted(form: masks.Form, rank: int) -> tuple[masks.Band, masks.Groups | None, list[Origin | None]]:
-    """The band and the groups that the op can be told, and the origins of all else."""
-    band, groups = masks.Band(), None
+def _sorted(form: masks.Form, rank: int) -> tuple[Told, list[Origin | None]]:
+    """What the op can be told, and the origins of all else."""
+    told = Told()
     rest: list[Origin | None] = []
-    for term in form.terms:
+    for term in sorted(form.terms, key=lambda term: isinstance(term, masks.Prefix)):
+        if told.takes(term, rank):
+            continue
         if isinstance(term, masks.Band):
-            if band == masks.Band() and all(_is_known(s) for s in (term.low, term.high) if s is not None):
-                band = term
-            else:
-                rest.extend(term.origins or (None,))
-        elif isinstance(term, masks.Groups) and groups is None and rank == 4 and _are_numbers(term):
-            groups = term
+            rest.extend(term.origins or (None,))
         else:
             rest.append(term.origin)
-    return band, groups, rest
+    return told, rest
 
 
 def _is_known(s: Sum) -> bool:
@@ -187,12 +224,13 @@ def write(emit: Emit, p: Plan, query: Node, key: Node, mask: Node | None) -> dic
     """Emit what the attention is told: arguments of the op by name, those that change."""
     rank = len(shape_of(query))
     found: dict[str, Any] = {}
-    for name, bound in (("low", p.band.low), ("high", p.band.high)):
+    for name in ("low", "high", "anchors", "prefix"):
+        bound = getattr(p.told, name)
         if bound is not None:
             found[name] = _size(emit, bound)
-    if p.groups is not None:
-        found["query_ids"] = _numbers(emit, p.groups.query, "query", query)
-        found["key_ids"] = _numbers(emit, p.groups.key, "key", key)
+    if p.told.groups is not None:
+        found["query_ids"] = _numbers(emit, p.told.groups.query, "query", query)
+        found["key_ids"] = _numbers(emit, p.told.groups.key, "key", key)
     if mask is not None:
         found["mask"] = mask if p.whole else _joined(emit, p.rest, _aten.logical_and.default, rank)
     else:

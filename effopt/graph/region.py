@@ -23,7 +23,8 @@ _MOST_CONTEXT = 200  # nodes of context around a match; masks of `transformers` 
 _LOW = (torch.float16, torch.bfloat16, torch.float32)
 _HEAVY = frozenset(
     "linear matmul mm bmm addmm baddbmm einsum convolution conv1d conv2d conv3d embedding "
-    "scaled_dot_product_attention layer_norm attention rms_norm add_rms_norm add_layer_norm glu rope".split()
+    "scaled_dot_product_attention layer_norm attention attention_lse rms_norm add_rms_norm add_layer_norm "
+    "glu rope linear_attention".split()
 )
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import hashlib
 import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,8 +22,10 @@ from torch.fx import GraphModule, Node
 
 from effopt.errors import OptionError, unknown
 from effopt.graph.driver import apply_rewrite
+from effopt.graph.held_masks import HeldMasks
 from effopt.graph.pattern import OpBuilder
 from effopt.graph.rewrite import Approve, Emit, Match, PassResult
+from effopt.graph.sources import digest_of_effopt
 from effopt.graph.weights import DerivedWeights
 from effopt.passes.plan import Plans
 from effopt.target import Target
@@ -57,6 +57,8 @@ class Context:
     """Constants derived from parameters."""
     plans: Plans = field(default_factory=Plans)
     """Decisions of passes that plan: those given, and those taken in this graph."""
+    masks: HeldMasks = field(default_factory=HeldMasks)
+    """What is known of buffers, and guarded."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Pass(ABC):
             source = inspect.getsource(inspect.getmodule(type(self)) or type(self))
         except (OSError, TypeError):  # typed at a prompt: known to this process alone
             source = f"process {os.getpid()}, {id(type(self))}"
-        parts = (source, self.spec(), torch.__version__, _digest_of_effopt())
+        parts = (source, self.spec(), torch.__version__, digest_of_effopt())
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
     @classmethod
@@ -203,12 +205,6 @@ class PlannedPass(Pass):
 @dataclass(frozen=True)
 class GraphPass(Pass):
     """A pass over the whole graph, for what no pattern can say. Its docstring says why."""
-
-
-@functools.cache
-def _digest_of_effopt() -> str:
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return hashlib.sha256(b"|".join(f.read_bytes() for f in files)).hexdigest()
 
 
 def _write(value: Any) -> str:

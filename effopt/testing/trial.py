@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule
 
 from effopt.graph.capture import Captured, capture
 from effopt.graph.equivalence import difference, gradients_of, tensors_in
+from effopt.graph.held_masks import HeldMasks
 from effopt.graph.region import dropout_of, is_random
 from effopt.graph.tolerances import GRADIENT_FACTOR, tolerance_of
 from effopt.graph.weights import DerivedWeights
@@ -150,6 +151,7 @@ def run_passes(trial: Trial, passes: Sequence[Pass], *, verify: str = "off") -> 
         training=trial.captured.training,
         approve=lambda p, m, r: registry.hook.effopt_approve_rewrite(pass_=p, match=m, replacement=r),
         weights=DerivedWeights(trial.inputs),
+        masks=HeldMasks(trial.inputs),
         plans=Plans(scores={p.name: _Counted() for p in passes if isinstance(p, RegionPass) and p.is_scored}),
     )
     for pass_ in passes:

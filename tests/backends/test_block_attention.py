@@ -57,6 +57,31 @@ def cases() -> dict[str, dict[str, Any]]:
         "first rows see nothing, lowest, no zeros": {"high": -6, "fill": lowest, "zero_masked_rows": True},
         "first rows see nothing, -inf": {"high": -6, "fill": -math.inf},
         "first rows see nothing, lowest": {"high": -6, "fill": lowest},
+        "window, anchors": {"low": -4, "high": 0, "anchors": 3},
+        "window, anchors within the first block": {"low": -4, "high": 0, "anchors": 7, "is_causal": True},
+        "window ahead, anchors": {"low": 2, "high": 9, "anchors": 2},
+        "empty band, anchors": {"low": 3, "high": 2, "anchors": 5},
+        "anchors beyond all keys": {"low": -2, "high": 0, "anchors": S + 4},
+        "anchors of a lower bound alone": {"low": S - 4, "anchors": 1},
+        "prefix": {"high": 0, "prefix": 11},
+        "prefix beyond all keys": {"high": -3, "prefix": S + 1},
+        "prefix, window": {"low": -5, "high": 0, "prefix": 9},
+        "prefix and anchors": {"low": -5, "high": 0, "prefix": 9, "anchors": 4},
+        "prefix, first rows see nothing": {"low": 6, "high": -8, "prefix": 3, "fill": lowest},
+        "ids, anchors": {"query_ids": packed[:, :T], "key_ids": packed, "anchors": 2, "is_causal": True},
+        "ids of no order, anchors": {"query_ids": shuffled[:, :T], "key_ids": shuffled.flip(1), "anchors": 3},
+        "padding, anchors": {
+            "low": -4,
+            "high": 2,
+            "mask": pad[:, None, None, :],
+            "fill": lowest,
+            "anchors": 4,
+        },
+        "mask, anchors": {"low": -5, "high": 0, "mask": dense, "anchors": 4},
+        "bias, anchors": {"low": -5, "high": 0, "bias": bias, "anchors": 4},
+        "bias of keys, anchors": {"low": -5, "high": 0, "bias": bias[:1, :1], "anchors": 4},
+        "soft-cap, anchors": {"softcap": 2.0, "low": -5, "high": 0, "anchors": 4},
+        "sinks, anchors": {"sinks": bias[:, 0, 0], "low": -5, "high": 0, "anchors": 4},
         "ids": {"query_ids": packed[:, :T], "key_ids": packed},
         "ids of no order": {"query_ids": shuffled[:, :T], "key_ids": shuffled.flip(1)},
         "ids for all entries": {"query_ids": packed[0, :T], "key_ids": packed[0], "high": 0},
@@ -120,13 +145,17 @@ def test_gradients(name: str) -> None:
     st.integers(1, 20),
     st.none() | st.integers(-22, 22),
     st.none() | st.integers(-22, 22),
+    st.none() | st.integers(0, 22),
+    st.none() | st.integers(0, 22),
     st.integers(0, 4),
     st.sampled_from([None, torch.finfo(torch.float32).min]),
     st.integers(0, 999),
 )
-def test_any_sizes(t: int, s: int, low: Any, high: Any, ids: int, fill: Any, seed: int) -> None:
+def test_any_sizes(
+    t: int, s: int, low: Any, high: Any, anchors: Any, prefix: Any, ids: int, fill: Any, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    kwargs = {"scale": 0.4, "low": low, "high": high, "fill": fill}
+    kwargs = {"scale": 0.4, "low": low, "high": high, "fill": fill, "anchors": anchors, "prefix": prefix}
     if ids:
         kwargs["query_ids"] = torch.randint(0, ids, (B, t), generator=generator)
         kwargs["key_ids"] = torch.randint(0, ids, (B, s), generator=generator)
@@ -141,13 +170,20 @@ def computed(t: int, s: int, **kwargs: Any) -> float:
     """Share of all (query, key) pairs that blocks hold."""
     q, k, v = operands(t=t, s=s)
     given = {"bias": None, "mask": None, "sinks": None, "query_ids": None, "key_ids": None, **kwargs}
-    given = {"low": -t, "high": s, "scale": 1.0, "fill": -math.inf, "softcap": 0.0, **given}
+    given = {
+        "low": -t,
+        "high": s,
+        "anchors": 0,
+        "prefix": 0,
+        "scale": 1.0,
+        "fill": -math.inf,
+        "softcap": 0.0,
+        **given,
+    }
     found = list(blocks_of(Call(q, k, v, **given, zero_masked_rows=False, rows_see_key=False)))
-    sizes = [
-        (x.batch.stop - x.batch.start) * (x.queries.stop - x.queries.start) * (x.keys.stop - x.keys.start)
-        for x in found
-    ]
-    return sum(sizes) / (B * t * s)
+    length = lambda x: x.stop - x.start  # noqa: E731
+    pairs = [length(x.batch) * length(x.queries) * length(keys) for x in found for _, keys in x.segments]
+    return sum(pairs) / (B * t * s)
 
 
 def test_blocks_hold_what_is_open_and_little_more() -> None:
@@ -159,6 +195,9 @@ def test_blocks_hold_what_is_open_and_little_more() -> None:
     assert computed(256, 256, query_ids=ids, key_ids=ids) == 0.25
     assert computed(256, 256, query_ids=ids, key_ids=ids, high=0) <= 0.125 + edge
     assert computed(256, 256, mask=pad) == 0.25
+    anchored = 36 / 256 + edge
+    assert 32 / 256 <= computed(256, 256, low=-31, high=0, anchors=4) <= anchored
+    assert 0.25 + 0.28 <= computed(256, 256, high=0, prefix=64) <= 0.25 + 0.29 + edge
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -166,6 +205,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "only a mask": ({"mask": torch.ones(T, S, dtype=torch.bool)}, "no band and no ids"),
     "causal, which the library skips": ({"is_causal": True}, "no band and no ids"),
     "dropout": ({"high": 0, "dropout_p": 0.1}, "no dropout"),
+    "causal behind a band with a prefix": ({"high": -2, "prefix": 3, "is_causal": True}, "one of the two"),
     "small fill": ({"high": 0, "fill": -1e4}, "fill with -inf"),
     "bias and a finite fill": ({"high": 0, "fill": -1e38, "bias": torch.zeros(T, S)}, "fill with -inf"),
     "causal and a finite fill": ({"low": -3, "fill": -1e38, "is_causal": True}, "fill with -inf"),
@@ -195,12 +235,17 @@ def test_other_devices_and_ranks() -> None:
         (4096, {"is_causal": True}, "sdpa"),
         (4096, {"is_causal": True, "softcap": 5.0}, "blocks"),
         (16, {"low": -3, "high": 0}, "sdpa"),
+        (4096, {"low": -255, "high": 0, "anchors": 4}, "blocks"),
+        (4096, {"high": 0, "prefix": 4000}, "sdpa"),
         (1, {"high": 4095}, "sdpa"),
+        (1, {"mask": torch.zeros(1, 1, 1, 8192, dtype=torch.bool, device="meta")}, "blocks"),
+        (1, {"mask": torch.zeros(1, 1, 1, 16, dtype=torch.bool, device="meta")}, "sdpa"),
     ],
 )
 def test_choice_by_cost(t: int, kwargs: dict[str, Any], name: str) -> None:
     q = torch.empty(1, 8, t, 64, device="meta")
-    k = torch.empty(1, 8, max(t, 16), 64, device="meta")
+    keys = max(t, 16) if kwargs.get("mask") is None else kwargs["mask"].shape[-1]
+    k = torch.empty(1, 8, keys, 64, device="meta")
     bound = ops.attention.bind((q, k, k), {"scale": 1.0, **kwargs})
     lowerings = [BLOCKS, *NATIVE, reference_lowering(ops.attention)]
     assert choose(lowerings, CPU, bound, q, training=False).lowering.name == name
@@ -208,7 +253,7 @@ def test_choice_by_cost(t: int, kwargs: dict[str, Any], name: str) -> None:
 
 def test_custom_op_is_well_formed() -> None:
     q, k, v = (x.requires_grad_() for x in operands())
-    given = (q, k, v, None, None, None, None, None, 0.4, -math.inf, 0.0, -4, 0, False, False)
+    given = (q, k, v, None, None, None, None, None, 0.4, -math.inf, 0.0, -4, 0, 2, 0, False, False)
     torch.library.opcheck(torch.ops.effopt_cpu.block_attention.default, given)
 
 

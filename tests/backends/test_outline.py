@@ -218,10 +218,12 @@ def test_a_last_layer_with_an_unread_result_is_outlined_in_training_too() -> Non
 
 
 def test_the_subgraph_operator_is_left_as_it_was() -> None:
-    operator = torch.ops.higher_order.invoke_subgraph
-    before = dict(vars(operator))
+    operator, flag = torch.ops.higher_order.invoke_subgraph, "_supports_training_input_mutation"
+    if not hasattr(operator, flag):
+        pytest.skip("this torch has no such flag on the operator, so there is nothing to leave alone")
+    before = getattr(operator, flag)
     loss = torch.compile(PreNorm(3), backend="effopt")(torch.randn(2, 32)).sum()
-    assert vars(operator)["_supports_training_input_mutation"] == before["_supports_training_input_mutation"]
+    assert getattr(operator, flag) == before
     loss.backward()
 
 
@@ -250,3 +252,18 @@ def test_a_block_returns_no_part_of_a_value() -> None:
     assert [view_base(n) for n in body.graph.output_node().args[0]] == [None] * 2
     for got, wanted in zip(module(*inputs), layers(*inputs), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_a_block_without_operands_stays() -> None:
+    """Ids that are counted out for queries and for keys are one block, twice, that reads nothing."""
+
+    def attend(q: Tensor) -> Tensor:
+        at = torch.arange(q.shape[2])
+        seen = at % 4 == at[:, None] % 4
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=seen)
+
+    q = torch.randn(1, 2, 12, 8)
+    options = {"disable": ["split-attention-by-axis"]}
+    with torch.no_grad():
+        out = torch.compile(attend, backend="effopt", options=options)(q)
+    torch.testing.assert_close(out, attend(q))

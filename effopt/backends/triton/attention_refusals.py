@@ -20,8 +20,10 @@ MAX_HEAD_SIZE = 256
 Comparison = Callable[[Any, Any], bool]
 
 
-def prepare(operands: Operands) -> tuple[Any, ...]:
+def prepare(operands: Operands, drops: bool = False) -> tuple[Any, ...]:
     """Operands of the op, checked, as the arguments of the custom ops: tensors of 4 dimensions, all views.
+
+    Those of dropout are not among them; `drops` says that the caller has it.
 
     Raises:
         TypeError: a floating operand has a dtype that no kernel reads.
@@ -29,12 +31,12 @@ def prepare(operands: Operands) -> tuple[Any, ...]:
     """
     names = ("query", "key", "value", "bias", "sinks")
     check_floating(**{name: operands[name] for name in names})
-    reason = call_refusal(operands, _may_be_same)
+    reason = call_refusal(operands, _may_be_same, drops)
     if reason is not None:
         raise ValueError(reason)
     wide = [None if (x := operands[n]) is None else x[(None,) * (4 - x.dim())] for n in (*names[:4], "mask")]
     fill = -math.inf if operands["fill"] is None else operands["fill"]
-    rest = ("softcap", "low", "high", "is_causal", "zero_masked_rows", "rows_see_key")
+    rest = ("softcap", "low", "high", "is_causal", "zero_masked_rows", "rows_see_key", "anchors", "prefix")
     tensors = (*wide, operands["sinks"], operands["query_ids"], operands["key_ids"])
     return (*tensors, operands["scale"], fill, *(operands[name] for name in rest))
 
@@ -46,7 +48,7 @@ def checked(*given: Any) -> AttentionCall:
         ValueError: the operands do not fit together.
     """
     call = AttentionCall(*given)
-    reason = call_refusal({**vars(call), "dropout_p": 0.0, "anchors": None, "prefix": None})
+    reason = call_refusal({**vars(call), "dropout_p": 0.0})
     if reason is not None:
         raise ValueError(reason)
     return call
@@ -61,13 +63,13 @@ def _may_be_same(a: Any, b: Any) -> bool:
     return not statically_known_true(a != b)
 
 
-def call_refusal(operands: Operands, same: Comparison = _same) -> str | None:
+def call_refusal(operands: Operands, same: Comparison = _same, drops: bool = False) -> str | None:
     """Why the kernels do not take such a call on any target, or None. Adds no guard on symbols."""
     query, key, value = (operands[name] for name in ("query", "key", "value"))
-    if operands["dropout_p"]:
+    if operands["dropout_p"] and not drops:
         return f"dropout of {operands['dropout_p']:g}, and the kernel has none"
-    if operands["anchors"] is not None or operands["prefix"] is not None:
-        return "first keys that the band or ids do not mask, and the kernel has none"
+    if not 0.0 <= operands["dropout_p"] <= 1.0:
+        return f"dropout of {operands['dropout_p']:g}, and the kernel wants a probability"
     if not 2 <= query.dim() <= 4 or not query.dim() == key.dim() == value.dim():
         ranks = f"{query.dim()}, {key.dim()} and {value.dim()}"
         return f"query, key and value have {ranks} dimensions, and the kernel wants 2 to 4, the same of each"
@@ -142,7 +144,12 @@ def _ids_refusal(operands: Operands, same: Comparison) -> str | None:
     return None
 
 
-def supports(target: Target, operands: Operands) -> str | None:
-    """Why a kernel does not take these operands on this target, or None."""
+def supports(target: Target, operands: Operands, drops: bool = False) -> str | None:
+    """Why a kernel, one with dropout if it `drops`, does not take these operands on this target, or None."""
     floating = {name: operands[name] for name in ("query", "key", "value", "bias", "sinks")}
-    return refusal(target, floating) or call_refusal(operands)
+    return refusal(target, floating) or call_refusal(operands, drops=drops)
+
+
+def supports_training(target: Target, operands: Operands) -> str | None:
+    """The same for the kernels with dropout and a backward pass."""
+    return supports(target, operands, drops=True)

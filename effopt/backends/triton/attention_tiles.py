@@ -42,14 +42,20 @@ class AttentionTile:
     warps: int
     stages: int
 
+    def options(self) -> dict[str, int]:
+        """Launch options."""
+        steps = {"num_warps": self.warps, "num_stages": self.stages}
+        return {"ROWS": self.rows, "KEYS": self.keys, **steps}
+
 
 def tile_for(rows: int, head: int, dtype: torch.dtype, dense: bool) -> AttentionTile:
     """The tile of a call of `rows` rows a KV head, `head` the longer of the head sizes of keys and values.
 
     Sixteen rows are the least that matrix units take. What limits the rest is registers: a thread holds its
     part of the sums, of the scores and of their weights, and the addresses of all that it loads, those of a
-    bias or mask `[t, s]` if the call is `dense`. At most 40 bytes a thread are spilled, and a program takes
-    at most 96 KiB of shared memory, 64 on gfx942: tests/backends/triton/test_aot.py has these bounds.
+    bias or mask `[t, s]` if the call is `dense`, or what tells anchors from ids. At most 40 bytes a thread
+    are spilled, and a program takes at most 96 KiB of shared memory, 64 on gfx942:
+    tests/backends/triton/test_aot.py has these bounds.
     """
     wide = triton.next_power_of_2(max(16, head))
     fits = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
@@ -84,6 +90,8 @@ class AttentionCall:
     is_causal: bool
     zero_masked_rows: bool
     rows_see_key: bool
+    anchors: int | None
+    prefix: int | None
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -95,7 +103,7 @@ class AttentionCall:
     def tile(self) -> AttentionTile:
         _, _, group, t, _ = self.sizes
         over_keys = self.mask is None or is_over_keys(self.mask, t)
-        dense = self.bias is not None or not over_keys
+        dense = self.bias is not None or not over_keys or (self.anchored > 0 and self.key_ids is not None)
         return tile_for(t * group, max(self.query.shape[-1], self.value.shape[-1]), self.query.dtype, dense)
 
     @property
@@ -110,7 +118,24 @@ class AttentionCall:
         _, _, _, t, s = self.sizes
         low = -t if self.low is None else min(max(self.low, -t), s)
         high = s if self.high is None else max(min(self.high, s), -t)
-        return low, min(high, 0) if self.is_causal and self.hides else high
+        return low, min(high, 0) if self._causal_by_band else high
+
+    @property
+    def _causal_by_band(self) -> bool:
+        """Whether causality is a bound of the band: a key that it masks is masked for certain."""
+        return self.is_causal and self.hides and not self.ahead
+
+    @property
+    def anchored(self) -> int:
+        """Keys that neither a lower bound nor ids mask; 0 if there is no such bound."""
+        unbound = self.anchors is None or (self.low is None and self.key_ids is None)
+        return 0 if unbound else max(0, min(self.anchors or 0, self.key.shape[2]))
+
+    @property
+    def ahead(self) -> int:
+        """Keys that the upper bound does not mask; 0 if there is none, or causality is as strict."""
+        unbound = self.high is None or self.prefix is None or (self.is_causal and self.high >= 0)
+        return 0 if unbound else max(0, min(self.prefix or 0, self.key.shape[2]))
 
     @property
     def hides(self) -> bool:
@@ -137,15 +162,23 @@ class AttentionCall:
         return (self.query, self.key, self.value, self.bias, mask, self.sinks, *ids)
 
     def numbers(self) -> tuple[Any, ...]:
-        """Strides, sizes and band, in the kernel's order."""
+        """Strides, sizes, band and first keys, in the kernel's order."""
+        sink = 0 if self.sinks is None else self.sinks.stride(0)
+        return (*self.strides(), sink, *self.extent())
+
+    def extent(self) -> tuple[int, ...]:
+        """KV heads, heads of a group, t, s, low, high, and the first keys that those do not mask."""
+        return (*self.sizes[1:], *self.band, self.anchored, self.ahead)
+
+    def strides(self) -> tuple[Any, ...]:
+        """Of query, key, value, bias and mask; and of ids from one entry of the batch to the next."""
         b, hkv, group, t, s = self.sizes
         full = (b, hkv * group, t, s)
         strides = [x.stride() for x in (self.query, self.key, self.value)]
         strides += [(0, 0, 0, 0) if x is None else x.expand(full).stride() for x in (self.bias, self.mask)]
         ids = ((self.query_ids, t), (self.key_ids, s))
         by_batch = (n if x is not None and x.dim() == 2 and x.shape[0] > 1 else 0 for x, n in ids)
-        sink = 0 if self.sinks is None else self.sinks.stride(0)
-        return (*strides, *by_batch, sink, hkv, group, t, s, *self.band)
+        return (*strides, *by_batch)
 
     def options(self) -> dict[str, Any]:
         """Constants that the kernel is compiled for."""
@@ -162,17 +195,16 @@ class AttentionCall:
             if fill >= LEAST_FLOAT32
             else -math.inf,
             "HIDES": self.hides,
-            "CAUSAL": self.is_causal and not self.hides,
+            "CAUSAL": self.is_causal and not self._causal_by_band,
             "MASK_OVER_KEYS": is_over_keys(self.mask, self.query.shape[2]),
+            "ANCHORS": self.anchored > 0,
+            "PREFIX": self.ahead > 0,
             "HEAD": d,
             "VALUE_HEAD": dv,
             "BLOCK_D": triton.next_power_of_2(max(16, d)),
             "BLOCK_DV": triton.next_power_of_2(max(16, dv)),
-            "ROWS": self.tile.rows,
-            "KEYS": self.tile.keys,
-            "num_warps": self.tile.warps,
-            "num_stages": self.tile.stages,
             "DOT": multiplied_in(self.query),
+            **self.tile.options(),
         }
 
 
@@ -211,7 +243,9 @@ def share_of_keys(operands: Operands) -> float:
     low = -t if operands["low"] is None else hint(operands["low"])
     high = s if operands["high"] is None else hint(operands["high"])
     high = min(high, 0) if operands["is_causal"] else high
-    return max(0, min(s, t + high) - max(0, low)) / max(1, s)
+    anchors, ahead = (0 if operands[name] is None else hint(operands[name]) for name in ("anchors", "prefix"))
+    last, first = min(s, max(t + high, 0 if operands["is_causal"] else ahead)), max(0, low)
+    return (max(0, last - first) + max(0, min(anchors, first, last))) / max(1, s)
 
 
 def row_tiles(operands: Operands) -> float:

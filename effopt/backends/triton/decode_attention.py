@@ -95,7 +95,7 @@ def _decode_attention(*given: Any) -> tuple[Tensor, Tensor]:
         return out, lse
     sums = out.new_empty((divided, *out.shape), dtype=torch.float32)
     peak, total = (out.new_empty((divided, *lse.shape), dtype=torch.float32) for _ in range(2))
-    attend(call, sums, peak, total, divided)
+    attend(call, sums, None, peak, total, divided)
     options = call.options()
     launch(
         merge_parts_kernel,
@@ -119,7 +119,8 @@ def _keys_seen(call: AttentionCall) -> int:
     """Keys that some row of the call sees by its band."""
     _, _, _, t, s = call.sizes
     low, high = call.band
-    return max(0, min(s, t + high) - max(0, low)) if call.hides else s
+    first, stop = max(0, low), min(s, max(t + high, call.ahead))
+    return max(0, stop - first) + max(0, min(call.anchored, first, stop)) if call.hides else s
 
 
 def decode_attention(

@@ -1,4 +1,4 @@
-"""Attention whose scores never leave the registers: forward pass, inference only.
+"""Attention whose scores never leave the registers. Its gradients are in `flash_attention_backward.py`.
 
 A program holds a tile of rows (queries, and the heads that share their keys), walks over tiles of keys, and
 keeps of each row the greatest score so far, the sum of its weights and the weighted sum of values, rescaled
@@ -24,34 +24,45 @@ import triton.language as tl
 from torch import Tensor
 
 from effopt.backends.base import Lowering
-from effopt.backends.triton.attention_refusals import checked, prepare, supports
-from effopt.backends.triton.attention_scores import exponential, load_lines, score_block, seen_keys
+from effopt.backends.triton.attention_refusals import checked, prepare, supports_training
+from effopt.backends.triton.attention_scores import (
+    exponential,
+    kept_block,
+    key_tiles,
+    load_lines,
+    score_block,
+)
 from effopt.backends.triton.attention_tiles import AttentionCall, attention_cost, row_tiles
+from effopt.backends.triton.flash_attention_backward import differentiate, save
 from effopt.backends.triton.rows import launch
 from effopt.graph import ops
 
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? sinks, Tensor? query_ids, "
     "Tensor? key_ids, float scale, float fill, float softcap, SymInt? low, SymInt? high, bool is_causal, "
-    "bool zero_masked_rows, bool rows_see_key) -> (Tensor, Tensor)"
+    "bool zero_masked_rows, bool rows_see_key, SymInt? anchors, SymInt? prefix) -> (Tensor, Tensor)"
+)
+TRAINING_SCHEMA = SCHEMA.replace(") ->", ", float dropout_p, Tensor? seed) ->").replace(
+    "-> (Tensor, Tensor)", "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-@triton.jit(do_not_specialize=["t", "s", "low", "high", "parts"])  # they change from step to step of a decode
+# What changes from step to step of a decode compiles nothing anew.
+@triton.jit(do_not_specialize=["t", "s", "low", "high", "anchors", "prefix", "parts"])
 def attention_kernel(
-    p_query, p_key, p_value, p_bias, p_mask, p_sinks, p_query_ids, p_key_ids, p_out, p_lse, p_total,
-    query_strides, key_strides, value_strides, bias_strides, mask_strides, query_ids_stride, key_ids_stride,
-    sink_stride, hkv, group, t, s, low, high, parts,
+    p_query, p_key, p_value, p_bias, p_mask, p_sinks, p_query_ids, p_key_ids, p_seed, p_out, p_lse, p_peak,
+    p_total, query_strides, key_strides, value_strides, bias_strides, mask_strides, query_ids_stride,
+    key_ids_stride, sink_stride, hkv, group, t, s, low, high, anchors, prefix, parts,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr, FILL: tl.constexpr,
-    HIDES: tl.constexpr, CAUSAL: tl.constexpr, MASK_OVER_KEYS: tl.constexpr,
-    ZERO_ROWS: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    DOT: tl.constexpr,
+    HIDES: tl.constexpr, CAUSAL: tl.constexpr, MASK_OVER_KEYS: tl.constexpr, ANCHORS: tl.constexpr,
+    PREFIX: tl.constexpr, ZERO_ROWS: tl.constexpr, DROPOUT: tl.constexpr, HEAD: tl.constexpr,
+    VALUE_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows over its keys, or over one of so many parts of them.
 
-    Without p_total it writes the result and its log-sum-exp; else, in float32 and for each part, the weighted
-    sum of values, the greatest score (to p_lse) and the sum of weights.
+    With p_lse it writes the result and its log-sum-exp; without, in float32 and for each part, the weighted
+    sum of values. With p_peak and p_total, the greatest score, in units of UNIT, and the sum of weights.
     """
     tiles = tl.cdiv(t * group, ROWS)
     # The last queries first: under causality they see most keys, and should not begin when all others end.
@@ -81,28 +92,18 @@ def attention_kernel(
         p_key_ids += i_b * key_ids_stride
         b_query_ids = tl.load(p_query_ids + i_b * query_ids_stride + o_t, mask=m_row, other=0).to(tl.int64)
 
-    # Keys that some row may see, and, within them, keys that every row sees by causality and band.
     t_first, t_last = (i_tile * ROWS) // group, tl.minimum((i_tile * ROWS + ROWS - 1) // group, t - 1)
-    first, stop, whole_stop = 0, s, s
-    if CAUSAL:
-        stop, whole_stop = tl.minimum(stop, t_last + 1), tl.minimum(whole_stop, t_first + 1)
-    if HIDES:
-        first, stop = tl.maximum(t_first + low, 0), tl.minimum(stop, t_last + high + 1)
-    whole_first = tl.maximum(t_last + low, 0)
-    whole_stop = tl.maximum(tl.minimum(whole_stop, t_first + high + 1), 0)
-    if HIDES and (p_key_ids is not None or MASK_OVER_KEYS):
-        first, stop = seen_keys(
-            first, stop, p_mask, b_query_ids, p_key_ids, m_row, mask_strides[3], MASK_OVER_KEYS
-        )
-    # In tiles of keys.
-    stop = tl.where(stop > first, tl.cdiv(stop, KEYS), 0)
-    first = tl.minimum(first // KEYS, stop)
-    if p_total is not None:
-        part = tl.cdiv(stop - first, parts)
-        first = tl.minimum(first + i_split * part, stop)
+    stop, lead, gap, whole_first, whole_stop = key_tiles(
+        t_first, t_last, s, low, high, anchors, prefix, p_mask, b_query_ids, p_key_ids, m_row,
+        mask_strides[3], HIDES, CAUSAL, MASK_OVER_KEYS, ANCHORS, PREFIX, KEYS,
+    )  # fmt: skip
+    first = 0
+    if p_lse is None:
+        part = tl.cdiv(stop, parts)
+        first = tl.minimum(i_split * part, stop)
         stop = tl.minimum(first + part, stop)
-    whole_first = tl.minimum(tl.maximum(tl.cdiv(whole_first, KEYS), first), stop)
-    whole_stop = tl.minimum(tl.maximum(whole_stop // KEYS, whole_first), stop)
+        whole_first = tl.minimum(tl.maximum(whole_first, first), stop)
+        whole_stop = tl.minimum(tl.maximum(whole_stop, whole_first), stop)
 
     b_peak = tl.full([ROWS], float("-inf"), tl.float32)
     b_total = tl.zeros([ROWS], tl.float32)
@@ -119,18 +120,19 @@ def attention_kernel(
         for i in tl.range(0, count):
             if EDGE:
                 i_s = first + i + tl.where(first + i >= whole_first, whole_stop - whole_first, 0)
+                i_s += tl.where(i_s >= lead, gap, 0)
             else:
-                i_s = whole_first + i
+                i_s = whole_first + gap + i
             o_s = i_s * KEYS + tl.arange(0, KEYS)
             m_s = o_s < s
             # The tile's address as one number, so that what differs between threads stays the same.
             i_key = i_s.to(tl.int64) * KEYS
             p_line = (p_key + i_key * key_strides[2]) + o_key * key_strides[2]
             b_key = load_lines(p_line, o_d, m_s, key_strides[3], HEAD, EDGE == 0).to(DOT)
-            b_score = score_block(
-                b_query, b_key, p_bias, p_mask, b_query_ids, p_key_ids, o_t, o_s, m_row, m_s, t, s, low, high,
-                bias_strides[3], mask_strides[3], SCALE, SOFTCAP, UNIT, FILL, CAUSAL, MASK_OVER_KEYS,
-                EDGE == 1,
+            b_score, _, _ = score_block(
+                b_query, b_key, p_bias, p_mask, b_query_ids, p_key_ids, o_t, o_s, m_row, m_s, low, high,
+                anchors, prefix, bias_strides[3], mask_strides[3], SCALE, SOFTCAP, UNIT, FILL, CAUSAL,
+                MASK_OVER_KEYS, ANCHORS, PREFIX, EDGE == 1,
             )  # fmt: skip
             b_new = tl.maximum(b_peak, tl.max(b_score, axis=1))
             # Finite, so that a row without a key so far gets weights of 0 and not exp(-inf + inf).
@@ -138,6 +140,8 @@ def attention_kernel(
             b_weight = exponential(b_score - b_base[:, None], UNIT)
             b_shrink = exponential(b_peak - b_base, UNIT)
             b_total = b_total * b_shrink + tl.sum(b_weight, axis=1)
+            if DROPOUT != 0.0:
+                b_weight = tl.where(kept_block(p_seed, i_b, o_head, o_t, i_s, DROPOUT, KEYS), b_weight, 0.0)
             p_line = (p_value + i_key * value_strides[2]) + o_key * value_strides[2]
             b_value = load_lines(p_line, o_dv, m_s, value_strides[3], VALUE_HEAD, EDGE == 0).to(DOT)
             b_sum = b_sum * b_shrink[:, None]
@@ -145,15 +149,16 @@ def attention_kernel(
             b_peak = b_new
 
     o_line = (i_b * hkv * group + o_head) * t + o_t
+    heads = (tl.num_programs(0) // (tiles * parts)).to(tl.int64) * group
+    o_line += i_split * heads * t
     m_out = m_row[:, None] & (o_dv < VALUE_HEAD)[None, :]
-    if p_total is not None:
-        heads = (tl.num_programs(0) // (tiles * parts)).to(tl.int64) * group
-        o_line += i_split * heads * t
+    if p_peak is not None:
+        tl.store(p_peak + o_line, b_peak, mask=m_row)
         tl.store(p_total + o_line, b_total, mask=m_row)
-        tl.store(p_lse + o_line, b_peak, mask=m_row)
-    else:
+    if p_lse is not None:
         b_safe = tl.where(b_total == 0.0, 1.0, b_total)
-        b_sum = b_sum / b_safe[:, None]
+        # All are dropped by a probability of 1, and nothing is scaled then.
+        b_sum = b_sum / (b_safe * (1.0 if DROPOUT == 1.0 else 1.0 - DROPOUT))[:, None]
         if not ZERO_ROWS:
             b_sum = tl.where((b_total == 0.0)[:, None], float("nan"), b_sum)
         tl.store(p_lse + o_line, b_peak * (1.0 / UNIT) + tl.log(b_safe), mask=m_row)
@@ -170,32 +175,50 @@ def outputs(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def attend(
-    call: AttentionCall, out: Tensor, lse: Tensor, total: Tensor | None = None, parts: int = 1
+    call: AttentionCall,
+    out: Tensor,
+    lse: Tensor | None,
+    peak: Tensor | None = None,
+    total: Tensor | None = None,
+    parts: int = 1,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> None:
-    """Launch the kernel on a call with rows. With several parts `out`, `lse` and `total` take (o, m, l)."""
+    """Launch the kernel on a call with rows. In parts, `out`, `peak` and `total` take (o, m, l); no `lse`."""
     launch(
         attention_kernel,
         parts * call.row_tiles,
         out,
-        *(*call.tensors(), out, lse, total),
+        *(*call.tensors(), seed, out, lse, peak, total),
         *(*call.numbers(), parts),
         **call.options(),
         ZERO_ROWS=call.zero_masked_rows,
+        DROPOUT=dropout_p,
     )
 
 
-@torch.library.custom_op("effopt_triton::flash_attention", mutates_args=(), schema=SCHEMA)
-def _flash_attention(*given: Any) -> tuple[Tensor, Tensor]:
-    call = checked(*given)
+def _all_outputs(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Those of a call, and what its backward pass reads: greatest scores and sums of weights."""
     out, lse = outputs(call)
+    return out, lse, torch.empty_like(lse), torch.empty_like(lse)
+
+
+@torch.library.custom_op("effopt_triton::flash_attention", mutates_args=(), schema=TRAINING_SCHEMA)
+def _flash_attention(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *given_, dropout_p, seed = given
+    call = checked(*given_)
+    out, lse, peak, total = _all_outputs(call)
     if out.numel() > 0:
-        attend(call, out, lse)
-    return out, lse
+        attend(call, out, lse, peak, total, dropout_p=dropout_p, seed=seed)
+    return out, lse, peak, total
 
 
 @_flash_attention.register_fake
-def _(*given: Any) -> tuple[Tensor, Tensor]:
-    return outputs(AttentionCall(*given))
+def _(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _all_outputs(AttentionCall(*given[:-2]))
+
+
+_flash_attention.register_autograd(differentiate, setup_context=save)
 
 
 def flash_attention(
@@ -220,16 +243,20 @@ def flash_attention(
     anchors: int | None = None,
     prefix: int | None = None,
 ) -> Tensor:
-    """`ops.attention` by one kernel; arguments as there, of any strides, up to float32, without dropout."""
-    given = prepare({**locals()})
-    return _flash_attention(*given)[0].reshape((*query.shape[:-1], value.shape[-1]))
+    """`ops.attention` by one kernel; arguments as there, of any strides, up to float32.
+
+    Dropout draws its seed from torch's generator of the device, and another mask than SDPA would of it.
+    """
+    given = prepare({**locals()}, drops=True)
+    seed = torch.randint(0, 2**63 - 1, (1,), device=query.device) if dropout_p else None
+    out = _flash_attention(*given, dropout_p, seed)[0]
+    return out.reshape((*query.shape[:-1], value.shape[-1]))
 
 
 FLASH_ATTENTION = Lowering(
     ops.attention,
     "triton",
     flash_attention,
-    supports,
+    supports_training,
     attention_cost(row_tiles, launches=1),
-    differentiable=False,
 )

@@ -65,15 +65,15 @@ class ProveRowsSeeKey(Rewrite):
     def samples(self) -> Iterable[Example]:
         q = torch.randn(2, 2, 6, 8)
 
-        def prefix(q: torch.Tensor) -> torch.Tensor:
+        def curved(q: torch.Tensor) -> torch.Tensor:
             at = torch.arange(q.shape[2])
-            seen = (at <= at[:, None]) | (at < 2)
+            seen = at * at <= at[:, None]
             return (q @ q.mT).masked_fill(~seen, float("-inf")).softmax(-1) @ q
 
         def finite(q: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
             return (q @ q.mT + torch.where(keep, 0.0, -1e30)).softmax(-1) @ q
 
-        yield Example(prefix, (q,))
+        yield Example(curved, (q,))
         yield Example(finite, (q, torch.rand(6, 6) > 0.5))
 
     def refusals(self) -> Iterable[Example]:

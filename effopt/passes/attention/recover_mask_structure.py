@@ -2,14 +2,16 @@
 
     attention(q, k, v, mask=(key <= query) & (key > query - 8))      =>  attention(q, k, v, low=-7, high=0)
     attention(q, k, v, mask=document[query] == document[key])        =>  attention(.., query_ids, key_ids)
+    attention(q, k, v, mask=(key <= query) & ((key < 4) | (key > query - 8)))
+        =>  attention(q, k, v, low=-7, high=0, anchors=4)
     attention(q, k, v, bias=where(window & seen[key], 0, -inf) + alibi)
         =>  attention(q, k, v, low, high, mask=seen, bias=alibi)
 
 Exact: `graph.analyses.masks` reads the mask as a function of batch, head, query and key. Windows, chunks,
-documents (packed rows) and bounds from sizes (a cache that grows) are recovered; padding, biases and what is
-not read stay tensors, without dimensions that they do not need. Rows that see no key keep their fill. Values
-of inputs are not assumed: ids are read at run time. No training needed. Saves building and reading a
-`[b, 1, t, s]` mask, and the scores outside of band and ids in kernels that skip them.
+documents (packed rows), anchors, prefixes and bounds from sizes (a cache that grows) are recovered; padding,
+biases and what is not read stay tensors, without dimensions that they do not need. Rows that see no key keep
+their fill. Values of inputs are not assumed: ids are read at run time. No training needed. Saves building and
+reading a `[b, 1, t, s]` mask, and the scores outside of band and ids in kernels that skip them.
 
 Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1 (windows); Krell et al. 2021, arXiv:2107.02027,
 section 3.2 (packed rows).
@@ -25,9 +27,8 @@ import torch
 from torch.fx import GraphModule
 
 from effopt.graph import ops
-from effopt.graph.analyses.masks import Band
 from effopt.graph.driver import apply_rewrite
-from effopt.graph.mask_structure import Plan, plan, write
+from effopt.graph.mask_structure import Plan, Told, plan, write
 from effopt.graph.ops.attention import OPTIONS
 from effopt.graph.pattern import Capture, OpBuilder, tensor
 from effopt.graph.rewrite import Emit, Match, PassResult, require
@@ -67,7 +68,7 @@ class RecoverMaskStructure(Rewrite):
     def rewrite(self, emit: Emit, m: Match) -> Any:
         found = self._plan(m)
         kept = {name: m.captures[name] for name in OPTIONS} | write(emit, found, m.q, m.k, m.mask)
-        if kept["mask"] is None and found.band == Band() and found.groups is None:
+        if kept["mask"] is None and found.told == Told():
             kept["fill"] = None
         kept["rows_see_key"] = found.rows_see_key and not m.is_causal
         emit.note = found.describe()

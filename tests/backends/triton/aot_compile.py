@@ -26,16 +26,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from effopt.backends.triton import (
+    attention_gradients,
     attention_tiles,
+    block_sparse_attention,
     decode_attention,
     flash_attention,
+    flash_attention_backward,
+    flash_attention_bias_gradient,
+    flash_attention_key_gradient,
     glu,
     int8_linear,
     layer_norm,
+    linear_attention,
+    linear_attention_backward,
     quantized_linear,
     rms_norm,
     rope,
     rows,
+    selective_scan,
+    stream_k_attention,
 )
 
 TARGETS = {
@@ -46,7 +55,15 @@ TARGETS = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 TYPES = {"p_packed": "*u8", "p_zero": "*u8", "p_codes": "*i8", "p_signed": "*i8", "p_token_scale": "*fp32"}
-TYPES |= {"p_mask": "*u8", "p_query_ids": "*i64", "p_key_ids": "*i64", "p_lse": "*fp32", "p_total": "*fp32"}
+TYPES |= {
+    "p_states": "*fp32",
+    "p_dstates": "*fp32",
+    "p_first": "*fp32",
+    "p_last": "*fp32",
+    "p_ddecay": "*fp32",
+}
+TYPES |= {"p_mask": "*u8", "p_query_ids": "*i64", "p_key_ids": "*i64", "p_extents": "*i32", "p_seed": "*i64"}
+TYPES |= dict.fromkeys(("p_sum", "p_lse", "p_grad_lse", "p_peak", "p_total", "p_delta", "p_spoiled"), "*fp32")
 """Pointers to something else than the dtype of a case."""
 Case = tuple[str, Any, str, dict[str, Any]]
 """Name, kernel, dtype of what pointers point to, launch options: constexprs, num_warps, more `types`."""
@@ -135,34 +152,47 @@ ATTENTION = {
     "soft-cap, sinks": {"HIDES": True, "SOFTCAP": 30.0, "sinks": True, "UNIT": 1.0},
     "padded, packed": {"HIDES": True, "MASK_OVER_KEYS": True, "mask": True, "ids": True},
     "bias, filled": {"FILL": -1e4, "CAUSAL": True, "mask": True, "bias": True, "UNIT": 1.0},
+    "anchors, prefix": {"HIDES": True, "ANCHORS": True, "PREFIX": True, "ids": True},
+    "dropout": {"HIDES": True, "DROPOUT": 0.1, "seed": True},
 }
 """Features of a call: options of the kernel, and which operands it has."""
 
 
 def attention_case(
-    dtype: str, queries: int, head: int, feature: str, splits: int = 1, value_head: int = 0
+    dtype: str, queries: int, head: int, feature: str, splits: int = 1, value_head: int = 0, of: str = ""
 ) -> Case:
+    """The forward kernel, or that of the gradient `of` something."""
     value_head = value_head or head
     options = {"SCALE": 0.125, "SOFTCAP": 0.0, "UNIT": attention_tiles.LOG2_E, "FILL": float("-inf")}
     options |= {"HIDES": False, "CAUSAL": False, "MASK_OVER_KEYS": False, "ZERO_ROWS": False}
+    options |= {"ANCHORS": False, "PREFIX": False, "DROPOUT": 0.0, "ONE_ROW": False, "ONE_KEY": False}
     options |= {"HEAD": head, "VALUE_HEAD": value_head}
     blocks = [triton.next_power_of_2(max(16, n)) for n in (head, value_head)]
     given = dict(ATTENTION[feature])
-    tile = attention_tiles.tile_for(queries, max(head, value_head), DTYPES[dtype], dense="bias" in given)
-    options |= {"BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], "ROWS": tile.rows, "KEYS": tile.keys}
-    options |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    dense, longer = "bias" in given or ("ANCHORS" in given and not of), max(head, value_head)
+    tile = attention_tiles.tile_for(queries, longer, DTYPES[dtype], dense)
+    if of:
+        tile = attention_gradients.backward_tile_for(of, longer, DTYPES[dtype], dense)
+    options |= {"BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], **tile.options()}
     options |= {"DOT": tl.bfloat16 if dtype == "bf16" else tl.float32}
     operands = {
         "bias": ["p_bias"],
         "mask": ["p_mask"],
         "sinks": ["p_sinks"],
         "ids": ["p_query_ids", "p_key_ids"],
+        "seed": ["p_seed"],
     }
     for operand, names in operands.items():
         options |= {} if given.pop(operand, False) else dict.fromkeys(names)
-    options |= {"p_total": None} if splits == 1 else {"types": {"p_out": "*fp32"}}
+    options |= {} if splits == 1 else {"p_lse": None, "types": {"p_out": "*fp32"}}
     name = f"attention-{dtype}-{queries}x{head}" + f"-{splits} parts" * (splits > 1)
-    return f"{name}-{feature}", flash_attention.attention_kernel, dtype, options | given
+    kernels = {
+        "": flash_attention.attention_kernel,
+        "query": flash_attention_backward.query_gradient_kernel,
+        "key": flash_attention_key_gradient.key_gradient_kernel,
+        "bias": flash_attention_bias_gradient.bias_gradient_kernel,
+    }
+    return f"{name}-{feature}" + f"-gradient of {of}" * bool(of), kernels[of], dtype, options | given
 
 
 def attention_cases() -> Iterator[Case]:
@@ -173,7 +203,42 @@ def attention_cases() -> Iterator[Case]:
     yield attention_case("fp32", 4096, 128, "window")
     merge = {"UNIT": attention_tiles.LOG2_E, "ZERO_ROWS": False, "ROWS": decode_attention.MERGED_ROWS}
     merge |= {"BLOCK_DV": 128, "num_warps": 4, "types": {"p_sum": "*fp32", "p_peak": "*fp32"}}
+    name, _, dtype, options = attention_case("bf16", 8, 128, "padded, packed", splits=8)
+    streamed = {n: v for n, v in options.items() if n != "types"} | {"REQUESTS": 64}
+    yield f"{name}-stream-k", stream_k_attention.stream_k_kernel, dtype, streamed
     yield "attention-merge", decode_attention.merge_parts_kernel, "bf16", merge
+
+
+def attention_gradient_cases() -> Iterator[Case]:
+    """A training step of a causal model, and of a learned bias."""
+    for of in ("query", "key"):
+        yield attention_case("bf16", 4096, 128, "window", of=of)
+    yield attention_case("bf16", 4096, 128, "bias, filled", of="bias")
+    yield attention_case("bf16", 4096, 64, "dropout", of="key")
+
+
+def more_attention_gradient_cases() -> Iterator[Case]:
+    for of in ("query", "key"):
+        for feature in ("soft-cap, sinks", "padded, packed", "bias, filled", "anchors, prefix", "dropout"):
+            yield attention_case("bf16", 4096, 128, feature, of=of)
+        for dtype, head in (("bf16", 64), ("bf16", 80), ("bf16", 256), ("fp32", 64), ("fp32", 256)):
+            yield attention_case(dtype, 4096, head, "window", of=of)
+        yield attention_case("bf16", 4096, 256, "bias, filled", of=of)
+    yield attention_case("bf16", 4096, 256, "bias, filled", of="bias")
+    yield attention_case("fp32", 4096, 128, "bias, filled", of="bias")
+    for feature in ("anchors, prefix", "dropout"):
+        yield attention_case("bf16", 4096, 128, feature)
+
+
+def block_sparse_cases() -> Iterator[Case]:
+    """Over blocks of 64 keys, padded, and of 128."""
+    for dtype, block, mask in (("bf16", 128, False), ("fp32", 64, True)):
+        x = torch.empty(1, 1, 1, 128, dtype=DTYPES[dtype], device="meta")
+        options = block_sparse_attention.options(x, x, block, 0.125, 0.0) | {"CAUSAL": True}
+        options |= {} if mask else {"p_mask": None}
+        options |= {"types": {"p_index": "*i32", "p_count": "*i32", "p_seen": "*i8"}}
+        kernel = block_sparse_attention.block_sparse_attention_kernel
+        yield f"attention-blocks of {block}-{dtype}", kernel, dtype, options
 
 
 def more_attention_cases() -> Iterator[Case]:
@@ -191,9 +256,48 @@ def more_attention_cases() -> Iterator[Case]:
     yield attention_case("fp32", 4096, 128, "bias, filled")
 
 
+def scan_cases() -> Iterator[Case]:
+    """The state of Mamba, and the largest."""
+    total = {
+        f"p_{name}": "*fp32" for name in ("last", "kept", "grad_last", "scratch", "da", "db", "dc", "dstart")
+    }
+    for dtype, n in (("bf16", 16), ("fp32", selective_scan.MAX_STATE)):
+        options = {"CHUNK": selective_scan.CHUNK, "CHANNELS": selective_scan.channels_for(n)}
+        options |= {"STATE": n, "ACC": tl.float32, "num_warps": selective_scan.WARPS, "types": total}
+        kernel = selective_scan.selective_scan_kernel
+        yield f"selective_scan-{dtype}-{n}", kernel, dtype, options | {"p_start": None}
+        yield (
+            f"selective_scan_backward-{dtype}-{n}",
+            selective_scan.selective_scan_backward_kernel,
+            dtype,
+            options,
+        )
+
+
+def linear_attention_cases() -> Iterator[Case]:
+    """The heaviest: decay of each token, heads of 128; and float32, summed without matrix units."""
+    forward, backward = linear_attention, linear_attention_backward
+    for dtype, head in (("bf16", 128), ("fp32", 64)):
+        wide = tl.bfloat16 if dtype == "bf16" else tl.float32
+        chunk = forward.chunk_for(DTYPES[dtype])
+        options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "BLOCK_DV": forward.VALUES, "CHUNK": chunk}
+        options |= {"DOT": wide, "WIDE": wide, "num_warps": forward.WARPS, "num_stages": forward.STAGES}
+        tail = f"{dtype}-{head}"
+        for reverse in (False, True):
+            name = f"linear_attention-states-{tail}" + "-reverse" * reverse
+            yield name, forward.states_kernel, dtype, options | {"REVERSE": reverse}
+            name = f"linear_attention-chunk-{tail}" + "-reverse" * reverse
+            yield name, forward.chunk_kernel, dtype, options | {"REVERSE": reverse}
+        options |= {"BLOCK_DV": backward.GRADIENT_VALUES}
+        yield f"linear_attention-gradient-{tail}", backward.gradient_kernel, dtype, options
+
+
 ROW_CASES = (*norm_cases(), *glu_cases(), *rope_cases())
-MATRIX_CASES = (*quantized_linear_cases(), *int8_linear_cases(), *attention_cases())
-MORE_CASES = {f"more-{case[0]}": case for case in more_attention_cases()}
+MATRIX_CASES = (
+    *(*quantized_linear_cases(), *int8_linear_cases(), *attention_cases()),
+    *(*block_sparse_cases(), *scan_cases(), *linear_attention_cases(), *attention_gradient_cases()),
+)
+MORE_CASES = {f"more-{c[0]}": c for c in (*more_attention_cases(), *more_attention_gradient_cases())}
 """Compiled only where a word asks for them: `more` does."""
 CASES = {case[0]: case for case in (*ROW_CASES, *MATRIX_CASES)} | MORE_CASES
 
@@ -210,6 +314,8 @@ def source_of(case: Case) -> ASTSource:
             signature[name] = "*fp64" if dtype == "fp64" else "*fp32"
         elif name.startswith("p_"):
             signature[name] = (TYPES | options.get("types", {})).get(name, f"*{dtype}")
+        elif name == "decay_strides":
+            signature[name] = ("i32", "i32", "i32")
         elif name.endswith("_strides"):
             signature[name] = ("i32", "i32", "i32", "constexpr")
             constants[kernel.arg_names.index(name), 3] = 1

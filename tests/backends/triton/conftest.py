@@ -26,7 +26,7 @@ def interpret_all_kernels() -> None:
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    language = [triton.language, triton.language.standard]
+    language = [triton.language, triton.language.standard, triton.language.random]
     for module in (*language, *map(importlib.import_module, KERNEL_MODULES)):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):

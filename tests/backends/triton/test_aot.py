@@ -51,7 +51,7 @@ def test_every_kernel_compiles_for_every_target() -> None:
             assert {"backward" in case for case in found} == {False, True}
     assert not [f for f in facts if f["spill_bytes"] > SPILL_BYTES and not f["case"].startswith("attention")]
     assert sum(fact["spill_bytes"] > 0 for fact in facts) <= len(facts) // 50
-    matrix = ("quantized_linear", "int8_linear", "attention")
+    matrix = ("quantized_linear", "int8_linear", "attention", "linear_attention")
     attention = [fact for fact in facts if fact["case"].startswith("attention")]
     assert_attention(attention)
     assert all(any(case.startswith(kernel) for case in cases) for kernel in matrix)
@@ -73,5 +73,5 @@ def assert_attention(facts: list[dict[str, Any]]) -> None:
 def test_attention_of_all_features_and_sizes() -> None:
     """Each takes ptxas seconds."""
     facts = compile_all("more", "attention")
-    assert len({fact["case"] for fact in facts}) == 17
+    assert len({fact["case"] for fact in facts}) == 43
     assert_attention(facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from torch._dynamo.backends.common import aot_autograd
 from effopt.backends.base import Lowering, choose
 from effopt.backends.native import LOWERINGS as NATIVE
 from effopt.backends.reference import reference_lowering
-from effopt.backends.triton import LOWERINGS, attention_tiles, decode_attention
+from effopt.backends.triton import LOWERINGS, attention_tiles, decode_attention, stream_k_attention
 from effopt.backends.triton.attention_refusals import prepare
 from effopt.backends.triton.attention_tiles import AttentionCall, tile_for
 from effopt.backends.triton.decode_attention import DECODE_ATTENTION
 from effopt.backends.triton.flash_attention import FLASH_ATTENTION
+from effopt.backends.triton.stream_k_attention import STREAM_K_ATTENTION
 from effopt.graph import ops
 from effopt.graph.equivalence import difference
 from effopt.graph.ops import Sample
@@ -30,7 +32,7 @@ from tests.backends.triton.calls import double
 H100 = Target("cuda", "sm_90", 4.3e12, 7.9e14)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST = torch.finfo(torch.float32).min
-KERNELS = {"whole": FLASH_ATTENTION, "divided": DECODE_ATTENTION}
+KERNELS = {"whole": FLASH_ATTENTION, "divided": DECODE_ATTENTION, "streamed": STREAM_K_ATTENTION}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
@@ -38,6 +40,12 @@ every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 def few_keys_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short calls, too, in parts: at most 4 of at least 5 keys, so that some parts are empty."""
     monkeypatch.setattr(decode_attention, "parts", lambda tiles, keys: max(1, min(4, keys // 5)))
+    monkeypatch.setattr(stream_k_attention, "PROGRAMS", 5)
+
+
+def takes(kernel: str, kwargs: Mapping[str, Any]) -> bool:
+    """Shares of tiles are next to each other, so keys apart from the band are none of theirs."""
+    return kernel != "streamed" or kwargs.get("anchors") is None
 
 
 def heads(
@@ -66,8 +74,8 @@ def assert_values(kernel: str, sample: Sample) -> None:
 @every_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_samples(kernel: str, dtype: torch.dtype, device: torch.device) -> None:
-    samples = [s for s in ops.attention.samples(dtype, device) if not {"anchors", "prefix"} & s.kwargs.keys()]
-    for sample in (*samples[:18], samples[-2]) if dtype == torch.float32 else samples[:9]:
+    samples = [s for s in ops.attention.samples(dtype, device) if takes(kernel, s.kwargs)]
+    for sample in (*samples[:24], samples[-2]) if dtype == torch.float32 else samples[:12]:
         assert_values(kernel, sample)
 
 
@@ -232,10 +240,12 @@ def test_log_sum_exp(kernel: str, device: torch.device) -> None:
     op = {
         "whole": torch.ops.effopt_triton.flash_attention,
         "divided": torch.ops.effopt_triton.decode_attention,
+        "streamed": torch.ops.effopt_triton.stream_k_attention,
     }[kernel]
     for more in ({"high": 2}, {"bias": torch.randn(5, 40, device=device), "softcap": 2.0}, {"low": 38}):
         operands = ops.attention.bind((q, k, v), {"scale": 0.4, **more})
-        _, lse = op(*prepare(operands))
+        given = prepare(operands)
+        lse = op(*given, 0.0, None)[1] if kernel == "whole" else op(*given)[1]
         scores = (q.double() @ k.double().mT) * 0.4
         if "bias" in more:
             scores = 2.0 * torch.tanh(scores / 2.0) + more["bias"].double()
@@ -338,12 +348,14 @@ def test_any_features_at_once(drawn: tuple[Sample, bool]) -> None:
 @every_kernel
 def test_opcheck(kernel: str, device: torch.device) -> None:
     """Schema, fake kernel, and AOTAutograd with dynamic shapes."""
-    name = {"whole": "flash_attention", "divided": "decode_attention"}[kernel]
+    names = {"whole": "flash_attention", "divided": "decode_attention", "streamed": "stream_k_attention"}
+    name = names[kernel]
     q, k, v = heads(3, 7, 16, device, h=4, hkv=2)
     operands = ops.attention.bind(
         (q, k, v), {"scale": 0.3, "low": -4, "mask": torch.ones(3, 7, device=device).bool()}
     )
-    torch.library.opcheck(getattr(torch.ops.effopt_triton, name).default, prepare(operands))
+    arguments = (*prepare(operands), *((0.0, None) if kernel == "whole" else ()))
+    torch.library.opcheck(getattr(torch.ops.effopt_triton, name).default, arguments)
 
 
 @every_kernel
@@ -372,7 +384,7 @@ Q = torch.zeros(2, 4, 3, 8)
 K = torch.zeros(2, 2, 5, 8)
 M = torch.ones(3, 5, dtype=torch.bool)
 REFUSED: dict[str, tuple[tuple[Tensor, ...], dict[str, Any], str]] = {
-    "dropout": ((Q, K, K), {"dropout_p": 0.1}, "dropout of 0.1"),
+    "dropout": ((Q, K, K), {"dropout_p": 1.5}, "dropout of 1.5"),
     "float64": ((Q.double(), K.double(), K.double()), {}, "float32 or narrower"),
     "mixed dtypes": ((Q.half(), K, K), {}, "wants one dtype"),
     "long heads": (
@@ -416,7 +428,7 @@ def test_refusal_says_why_and_the_call_raises(kernel: str, case: str) -> None:
 def test_targets_dtypes_and_training(kernel: str) -> None:
     lowering, bound = KERNELS[kernel], ops.attention.bind((Q, K, K), {"scale": 1.0})
     assert lowering in LOWERINGS
-    assert not lowering.differentiable
+    assert lowering.differentiable == (kernel == "whole")
     assert lowering.supports(H100, bound) is None
     assert "no compiled Triton" in (lowering.supports(Target("cpu", "cpu", 1e10, 1e11), bound) or "")
     assert "is empty" in (lowering.supports(H100, bound | {"query": Q[:0]}) or "")
@@ -473,7 +485,10 @@ def test_which_lowering_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(4096, 4096, is_causal=True, sinks=sinks) == "triton"
     assert chosen(8192, 8192, low=-1023, high=0) == "triton"
     assert chosen(1, 32768, softcap=50.0) == chosen(1, 32768, low=31744) == "triton-divided"
-    assert chosen(4096, 4096, training=True, softcap=50.0) == "reference"
+    padding = torch.empty(2, 1, 1, 32768, dtype=torch.bool, device="meta")
+    assert chosen(1, 32768, softcap=50.0, mask=padding) == "triton-stream-k"
+    assert chosen(4096, 4096, softcap=50.0, mask=padding[..., :4096]) == "triton"
+    assert chosen(4096, 4096, training=True, softcap=50.0) == "triton"
 
 
 def test_tiles() -> None:

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from effopt.backends.base import Lowering
-from effopt.backends.triton import LOWERINGS, layer_norm, rms_norm
+from effopt.backends.triton import ROW_KERNELS, layer_norm, rms_norm
 from effopt.backends.triton.rows import DTYPES
 from effopt.graph.ops import Sample
 from effopt.graph.tolerances import GRADIENT_FACTOR
 from tests.backends.triton.calls import assert_gradients, assert_values, gradients, outputs, wanting_gradients
 
-ROW_KERNELS = [lowering for lowering in LOWERINGS if lowering.differentiable]
 BY_NAME = {lowering.op.name: lowering for lowering in ROW_KERNELS}
 every_lowering = pytest.mark.parametrize("lowering", ROW_KERNELS, ids=BY_NAME)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from effopt.backends.base import Lowering
-from effopt.backends.triton import LOWERINGS
+from effopt.backends.triton import ROW_KERNELS
 from effopt.graph.ops import Sample
 from effopt.target import Target, target_of
 
-ROW_KERNELS = [lowering for lowering in LOWERINGS if lowering.differentiable]
 BY_NAME = {lowering.op.name: lowering for lowering in ROW_KERNELS}
 H100 = Target("cuda", "sm_90", 4.3e12, 7.9e14)
 every_lowering = pytest.mark.parametrize("lowering", ROW_KERNELS, ids=BY_NAME)

@@ -188,6 +188,16 @@ KINDS: dict[str, dict[str, Mask]] = {
             & (positions(t, s)[1] <= positions(t, s)[0])
         ),
     },
+    "window, anchors": {
+        "or": lambda b, t, s: (
+            (positions(t, s)[1] <= positions(t, s)[0])
+            & ((positions(t, s)[1] < 2) | (positions(t, s)[1] > positions(t, s)[0] - 4))
+        ),
+        "distance": lambda b, t, s: (
+            ((positions(t, s)[0] - positions(t, s)[1] < 4) & (positions(t, s)[0] >= positions(t, s)[1]))
+            | ((positions(t, s)[1] < 2) & (positions(t, s)[0] >= positions(t, s)[1]))
+        ),
+    },
     "prefix": {
         "or": lambda b, t, s: (positions(t, s)[1] < 2) | (positions(t, s)[1] <= positions(t, s)[0]),
         "where": lambda b, t, s: torch.where(
@@ -238,6 +248,22 @@ OF_INPUTS: dict[str, dict[str, tuple[Mask, tuple[Tensor, ...]]]] = {
                 (four(b, t, s)[3] - n[four(b, t, s)[0]]) // 3 == (four(b, t, s)[2] - n[four(b, t, s)[0]]) // 3
             ),
             (_lengths,),
+        ),
+    },
+    "documents, anchor": {
+        "first": (
+            lambda b, t, s, d: (
+                ((d[:, :, None] == d[:, None, :]) | (torch.arange(s) == 0))[:, None]
+                & (torch.arange(s) <= torch.arange(t)[:, None])
+            ),
+            (_docs,),
+        ),
+        "joined": (
+            lambda b, t, s, d: (
+                ((d[:, None, :, None] == d[:, None, None, :]) & torch.ones(t, s, dtype=torch.bool).tril())
+                | (torch.arange(s) < 1)
+            ),
+            (_docs,),
         ),
     },
     "offset": {

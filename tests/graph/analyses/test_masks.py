@@ -54,6 +54,12 @@ FOUND: dict[str, Callable[[Form], bool]] = {
     "sliding window": lambda f: f.terms == (Band(whole(-3), whole(0)),),
     "window, both sides": lambda f: f.terms == (Band(whole(-2), whole(2)),),
     "chunks": lambda f: [t.chunk for t in f.terms if isinstance(t, Groups)] == [3],
+    "window, anchors": lambda f: (
+        [(t.limit, t.otherwise[0].low) for t in f.terms if isinstance(t, Prefix)] == [(whole(2), whole(-3))]
+    ),
+    "documents, anchor": lambda f: (
+        [any(isinstance(o, Groups) for o in t.otherwise) for t in f.terms if isinstance(t, Prefix)] == [True]
+    ),
     "prefix": lambda f: [t.limit for t in f.terms if isinstance(t, Prefix)] == [whole(2)],
     "lengths": lambda f: len(f.terms) == 1 and isinstance(f.terms[0], Length),
     "padding": lambda f: any(isinstance(t, Keys) for t in f.terms),

@@ -40,7 +40,7 @@ def told(
     """What the one attention of a function is told, and the report; its result is checked."""
     torch._dynamo.reset()
     spy = Spy()
-    options = {"lowering": "eager", "plugins": [spy]}
+    options = {"lowering": "eager", "plugins": [spy], "disable": ["split-attention-by-axis"]}
     with record() as report, torch.no_grad():
         backend = lambda module, given: effopt(module, given, options=options)  # noqa: E731
         out = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs)
@@ -146,6 +146,66 @@ def test_what_a_bias_adds_stays() -> None:
     assert any("alibi) stays a tensor" in a.note for a in report.applied)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("spelled", [masked, added])
+def test_first_keys_that_a_band_does_not_hide(spelled: Any, dynamic: bool | None) -> None:
+    def anchored(n: int) -> Tensor:
+        at = torch.arange(n)
+        return (at <= at[:, None]) & ((at < 2) | (at[:, None] - at < 4))
+
+    kwargs, report = told(spelled(anchored), Q, dynamic=dynamic)
+    assert [kwargs.get(n) for n in ("low", "high", "anchors", "prefix")] == [-3, 0, 2, None]
+    assert "mask" not in kwargs
+    assert kwargs["rows_see_key"]
+    assert any("the first 2 of those behind too" in a.note for a in report.applied)
+
+    def prefixed(n: int) -> Tensor:
+        at = torch.arange(n)
+        return (at < 3) | (at <= at[:, None])
+
+    kwargs, report = told(spelled(prefixed), Q, dynamic=dynamic)
+    assert [kwargs.get(n) for n in ("low", "high", "anchors", "prefix")] == [None, 0, None, 3]
+    assert any("the first 3 of those ahead too" in a.note for a in report.applied)
+
+
+def test_documents_with_an_anchor() -> None:
+    def anchored(n: int, document: Tensor) -> Tensor:
+        same = (document[:, None, :, None] == document[:, None, None, :]) | (torch.arange(n) == 0)
+        return same & torch.ones(n, n, dtype=torch.bool).tril()
+
+    kwargs, _ = told(added(anchored), Q, DOCUMENTS)
+    assert (kwargs["high"], kwargs["anchors"]) == (0, 1)
+    assert kwargs["query_ids"] is kwargs["key_ids"]
+    assert "mask" not in kwargs
+
+
+def test_anchors_of_documents_are_not_those_of_a_window() -> None:
+    """Documents have an anchor, and the window has none: one of the two stays a mask."""
+
+    def both(n: int, document: Tensor) -> Tensor:
+        at = torch.arange(n)
+        same = (document[:, None, :, None] == document[:, None, None, :]) | (at == 0)
+        return same & (at <= at[:, None]) & (at > at[:, None] - 4)
+
+    kwargs, _ = told(masked(both), Q, DOCUMENTS)
+    assert (kwargs["low"], kwargs["high"]) == (-3, 0)
+    assert "anchors" not in kwargs
+    assert kwargs["mask"].meta["val"].shape == (2, 1, 12, 12)
+
+
+def test_one_query_over_a_cache_of_fixed_length() -> None:
+    """What a static cache has not written yet is told by a value: a mask over keys, that kernels look at."""
+
+    def step(q: Tensor, k: Tensor, past: Tensor) -> Tensor:
+        keep = torch.arange(k.shape[2]) <= past[:, None]
+        return (q @ k.mT + torch.where(keep, 0.0, LOWEST)).softmax(-1) @ k
+
+    kwargs, _ = told(step, Q[:, :, :1], Q, torch.tensor([4]))
+    assert "bias" not in kwargs
+    assert kwargs["mask"].meta["val"].shape[-2:] == (1, 12)
+    assert kwargs["fill"] == LOWEST
+
+
 def test_open_everywhere() -> None:
     kwargs, report = told(masked(lambda n: torch.arange(n) < n), Q)
     assert not {"mask", "low", "high", "fill"} & set(kwargs)
@@ -181,8 +241,12 @@ def test_what_stays_a_tensor() -> None:
     assert "padding of the keys" in reason(padding, Q, SEEN)
     lengths = masked(lambda n, k: torch.arange(n) < k[:, None, None, None])
     assert "lengths of the keys" in reason(lengths, Q, torch.tensor([3, 12]))
-    prefix = masked(lambda n: (torch.arange(n) < 3) | (torch.arange(n) <= torch.arange(n)[:, None]))
-    assert "a prefix that all queries see" in reason(prefix, Q)
+    prefix = masked(
+        lambda n, k: (
+            (torch.arange(n) < k[:, None, None, None]) | (torch.arange(n) <= torch.arange(n)[:, None])
+        )
+    )
+    assert "a prefix that all queries see" in reason(prefix, Q, torch.tensor([3, 12]))
     table = lambda q, w: (q @ q.mT + w[torch.arange(12)[:, None] - torch.arange(12) + 11]).softmax(-1) @ q  # noqa: E731
     assert "relative table" in reason(table, Q, torch.randn(23))
 

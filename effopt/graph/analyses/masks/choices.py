@@ -10,6 +10,7 @@ from torch.fx import Node
 from effopt.graph.analyses.masks import conditions as c
 from effopt.graph.analyses.masks.moves import Place, arguments, scalar
 from effopt.graph.analyses.masks.rules import INTEGERS, Reads, Rule, Unread, both, held, opaque, truths
+from effopt.graph.analyses.masks.rules import RULES as COMPARISONS
 from effopt.graph.analyses.masks.sums import Opaque, Sum, whole
 from effopt.graph.values import val
 
@@ -96,12 +97,53 @@ def _cast(node: Node, value: Any, dtype: torch.dtype) -> Any:
     return opaque(node, ("to", dtype), value)
 
 
+def _equals(otherwise: Rule, is_contrary: bool) -> Rule:
+    """`chosen == number`, of a choice between two numbers or a condition that was made a number."""
+
+    def rule(r: Reads, node: Node, place: Place) -> Any:
+        operand, number = arguments(node)[0], scalar(arguments(node)[1])
+        if number is None or number.number is None or not isinstance(operand, Node):
+            return otherwise(r, node, place)
+        found = _is_number(r.operand(node, operand, place), float(number.number), val(operand).dtype)
+        if found is None:
+            return otherwise(r, node, place)
+        return c.negated(found) if is_contrary else found
+
+    return rule
+
+
+def _is_number(value: Any, number: float, dtype: torch.dtype) -> c.Condition | None:
+    if isinstance(value, Opaque) and value.target is _aten.where.self:
+        when, *sides = value.of
+    elif isinstance(value, Opaque) and isinstance(value.target, tuple):
+        (when,), sides = value.of, [1.0, 0.0]
+    else:
+        when, sides = value, [1.0, 0.0]
+    if not isinstance(when, (c.AtMost, c.Equal, c.Given, c.Not, c.All, c.Some)):
+        return None
+    numbers = [x.number if isinstance(x, Sum) else x for x in sides]
+    if any(not isinstance(x, (int, float)) for x in numbers):
+        return None
+    # As the comparison has them: in the dtype of the tensor, where 0.1 is another number.
+    held_as = torch.float64 if dtype == torch.bool else dtype
+    yes, no = (_held(x, held_as) == _held(number, held_as) for x in numbers)
+    return c.some(
+        c.every(when, c.TRUE if yes else c.FALSE), c.every(c.negated(when), c.TRUE if no else c.FALSE)
+    )
+
+
+def _held(number: Any, dtype: torch.dtype) -> Any:
+    return torch.tensor(number, dtype=torch.float64).to(dtype).item()
+
+
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(both("bitwise_or.Tensor", "logical_or.default", "__or__.Tensor"), _or),
     **dict.fromkeys(both("bitwise_not.default", "logical_not.default"), _not),
     **dict.fromkeys(both("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar"), _where),
     **dict.fromkeys(both("masked_fill.Scalar", "masked_fill.Tensor"), _masked_fill),
     **dict.fromkeys(both("tril.default", "triu.default"), _triangle),
+    **dict.fromkeys(both("eq.Scalar", "eq.Tensor"), _equals(COMPARISONS[_aten.eq.Tensor], False)),
+    **dict.fromkeys(both("ne.Scalar", "ne.Tensor"), _equals(COMPARISONS[_aten.ne.Tensor], True)),
     _aten._to_copy.default: _copy,
     _aten.to.dtype: _copy,
 }

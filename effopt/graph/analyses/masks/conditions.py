@@ -107,7 +107,7 @@ def at_most(s: Sum) -> Condition:
 
 
 def equal(s: Sum) -> Condition:
-    """`s == 0`, decided where bounds decide it; the same for `-s`."""
+    """`s == 0`, decided where bounds decide it; the same for `-s`. The first key is one below 1."""
     if s.number is not None:
         return TRUE if s.number == 0 else FALSE
     low, high = lowest(s), highest(s)
@@ -115,6 +115,10 @@ def equal(s: Sum) -> Condition:
         high is not None and statically_known_true(high < 0)
     ):
         return FALSE
+    if not {"query", "key"} <= axes_of(s):
+        for turned, bound in ((s, low), (s * -1, None if high is None else -high)):
+            if bound is not None and statically_known_true(bound >= 0):
+                return at_most(turned)
     return Equal(min(s, s * -1, key=sort_key))
 
 
@@ -124,8 +128,13 @@ def every(*conditions: Condition) -> Condition:
 
 
 def some(*conditions: Condition) -> Condition:
-    """The disjunction."""
-    return _joined(Some, All, conditions)
+    """The disjunction. What all have in common stands before it, once."""
+    found = _joined(Some, All, conditions)
+    if not isinstance(found, Some) or not found.of:
+        return found
+    parts = [c.of if isinstance(c, All) else frozenset({c}) for c in found.of]
+    common = frozenset.intersection(*parts)
+    return every(*common, some(*(every(*(p - common)) for p in parts))) if common else found
 
 
 def _joined(kind: Any, other: Any, conditions: Iterable[Condition]) -> Condition:

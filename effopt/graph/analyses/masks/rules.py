@@ -179,6 +179,17 @@ def _floor_divide(r: Reads, node: Node, place: Place) -> Any:
     return quotient(a, b.constant)
 
 
+def _remainder(r: Reads, node: Node, place: Place) -> Any:
+    """`a % b` has the sign of b: `a - b * (a // b)`."""
+    a, b = (r.operand(node, x, place) for x in arguments(node)[:2])
+    if val(node).dtype not in INTEGERS:
+        return opaque(node, node.target, a, b)
+    a, b = _compared(r, node, place)
+    if b.number is None or b.constant <= 0:
+        return opaque(node, node.target, a, b)
+    return a - quotient(a, b.constant) * b.constant
+
+
 def _compared(r: Reads, node: Node, place: Place) -> tuple[Sum, Sum]:
     """Both operands, in a dtype that holds either: a scalar is cast to that of the tensor, and may wrap."""
     a, b = (integer(r.operand(node, x, place)) for x in arguments(node)[:2])
@@ -223,6 +234,7 @@ RULES: dict[Any, Rule] = {
         both("floor_divide.default", "floor_divide.Scalar", "div.Tensor_mode", "div.Scalar_mode"),
         _floor_divide,
     ),
+    **dict.fromkeys(both("remainder.Scalar", "remainder.Tensor"), _remainder),
     **dict.fromkeys(both("le.Tensor", "le.Scalar"), _compare(lambda a, b: c.at_most(a - b))),
     **dict.fromkeys(both("lt.Tensor", "lt.Scalar"), _compare(lambda a, b: c.at_most(a - b + 1))),
     **dict.fromkeys(both("ge.Tensor", "ge.Scalar"), _compare(lambda a, b: c.at_most(b - a))),

@@ -1,0 +1,302 @@
+"""Linear attention in chunks of tokens: the forward pass, and what the backward pass shares with it.
+
+Two kernels. `states_kernel` walks over the chunks of a head and writes the state before each:
+
+    state = decay of the chunk * state + (key * decay until the chunk ends)^T value
+
+and `chunk_kernel` takes all chunks side by side:
+
+    out = (query key^T * decay between them, causal) value + (query * decay since the chunk began) state
+
+Reads query, key and value once or twice, and writes and reads one float32 state for each chunk, which is
+d * dv / 32 numbers a token. Accumulates in float32. Logarithms of decay are summed and never subtracted: a
+decay of -inf gives no NaN, and a strong one takes no digits of a weak one behind it.
+
+Source: Qin et al. 2024, arXiv:2401.04658, algorithm 1; Yang et al. 2023, arXiv:2312.06635, section 4.1
+(states first, then all chunks in parallel). Not measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effopt.backends.triton.attention_scores import load_lines
+from effopt.backends.triton.attention_tiles import multiplied_in
+from effopt.backends.triton.rows import check_floating, launch
+from effopt.graph import ops
+
+CHUNK, CHUNK_FLOAT32 = 32, 16
+"""Tokens of a chunk; and in float32, where products are summed without matrix units, whole operands in
+registers. With twice as many the backward pass spills: tests/backends/triton/test_aot.py has the bounds."""
+VALUES = 32
+"""Columns of a state that one program carries."""
+WARPS, STAGES = 4, 1
+"""Nothing is loaded ahead: the backward pass would take more shared memory than a program has."""
+
+
+def chunk_for(dtype: torch.dtype) -> int:
+    """Tokens of a chunk, of a call with at least that many."""
+    return CHUNK_FLOAT32 if dtype == torch.float32 else CHUNK
+
+
+@triton.jit
+def between_block(b_decay, CHUNK: tl.constexpr):
+    """Decay between tokens of a chunk `[query, key]`, 1 ahead of the query; from each to the end `[key]`."""
+    o_row = tl.arange(0, CHUNK)
+    b_later = tl.where(o_row[:, None] > o_row[None, :], b_decay[:, None], 0.0)
+    return tl.exp(tl.cumsum(b_later, axis=0)), tl.exp(tl.sum(b_later, axis=0))
+
+
+@triton.jit
+def states_kernel(
+    p_x, p_y, p_decay, p_first, p_states, p_last, x_strides, y_strides, decay_strides, h, t, dv,
+    SCALE: tl.constexpr, REVERSE: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The state before each chunk. REVERSE: the gradient of the state behind it, from the last to the first.
+
+    x is the key and y the value; in reverse the query and the gradient of the result.
+    """
+    blocks = tl.cdiv(dv, BLOCK_DV)
+    i_line, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    i_b, i_h = i_line // h, i_line % h
+    chunks = tl.cdiv(t, CHUNK)
+    o_d, o_dv = tl.arange(0, BLOCK_D), i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    m_state = (o_d < HEAD)[:, None] & (o_dv < dv)[None, :]
+    o_state = o_d.to(tl.int64)[:, None] * dv + o_dv[None, :]
+    p_x += i_b * x_strides[0] + i_h * x_strides[1]
+    p_y += i_b * y_strides[0] + i_h * y_strides[1]
+    b_state = tl.zeros([BLOCK_D, BLOCK_DV], tl.float32)
+    if p_first is not None:
+        b_state += tl.load(p_first + i_line * HEAD * dv + o_state, mask=m_state, other=0.0).to(tl.float32)
+    for i in tl.range(0, chunks):
+        i_chunk = chunks - 1 - i if REVERSE else i
+        tl.store(p_states + (i_line * chunks + i_chunk) * HEAD * dv + o_state, b_state, mask=m_state)
+        o_t = i_chunk * CHUNK + tl.arange(0, CHUNK)
+        m_t, o_far = o_t < t, o_t.to(tl.int64)
+        b_x = load_lines(p_x + o_far * x_strides[2], o_d, m_t, x_strides[3], HEAD, False).to(tl.float32)
+        m_y = m_t[:, None] & (o_dv < dv)[None, :]
+        p_tile = p_y + o_far[:, None] * y_strides[2] + o_dv[None, :] * y_strides[3]
+        b_y = tl.load(p_tile, mask=m_y, other=0.0)
+        b_x *= SCALE
+        if p_decay is not None:
+            p_gate = p_decay + i_b * decay_strides[0] + i_h * decay_strides[1] + o_far * decay_strides[2]
+            b_decay = tl.load(p_gate, mask=m_t, other=0.0).to(tl.float32)
+            if REVERSE:
+                b_x *= tl.exp(tl.cumsum(b_decay, axis=0))[:, None]
+            else:
+                _, b_end = between_block(b_decay, CHUNK)
+                b_x *= b_end[:, None]
+            b_state *= tl.exp(tl.sum(b_decay, axis=0))
+        b_state = tl.dot(tl.trans(b_x.to(DOT)), b_y.to(DOT), b_state, input_precision="ieee")
+    tl.store(p_last + i_line * HEAD * dv + o_state, b_state, mask=m_state)
+
+
+@triton.jit
+def chunk_kernel(
+    p_query, p_key, p_value, p_decay, p_states, p_out, query_strides, key_strides, value_strides,
+    decay_strides, h, t, dv,
+    SCALE: tl.constexpr, REVERSE: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The result of one chunk, for one block of columns of the value.
+
+    REVERSE: the gradient of the value. The query is then the key, the key the query, the value the gradient
+    of the result, and the states their gradients, which are scaled.
+    """
+    blocks, chunks = tl.cdiv(dv, BLOCK_DV), tl.cdiv(t, CHUNK)
+    i_block, i_chunk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks) % chunks
+    i_line = (tl.program_id(0) // (blocks * chunks)).to(tl.int64)
+    i_b, i_h = i_line // h, i_line % h
+    o_t, o_d = i_chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
+    o_dv = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    m_t, o_far, m_dv = o_t < t, o_t.to(tl.int64), (o_dv < dv)[None, :]
+    p_query += i_b * query_strides[0] + i_h * query_strides[1]
+    p_key += i_b * key_strides[0] + i_h * key_strides[1]
+    p_value += i_b * value_strides[0] + i_h * value_strides[1]
+    b_query = load_lines(p_query + o_far * query_strides[2], o_d, m_t, query_strides[3], HEAD, False)
+    b_key = load_lines(p_key + o_far * key_strides[2], o_d, m_t, key_strides[3], HEAD, False)
+    b_weight = tl.dot(b_query.to(DOT), tl.trans(b_key.to(DOT)), input_precision="ieee")
+    b_weight *= SCALE
+    b_past = b_query.to(tl.float32)
+    if not REVERSE:
+        b_past *= SCALE
+    if p_decay is not None:
+        p_gate = p_decay + i_b * decay_strides[0] + i_h * decay_strides[1] + o_far * decay_strides[2]
+        b_decay = tl.load(p_gate, mask=m_t, other=0.0).to(tl.float32)
+        b_between, b_end = between_block(b_decay, CHUNK)
+        b_weight *= tl.trans(b_between) if REVERSE else b_between
+        b_past *= (b_end if REVERSE else tl.exp(tl.cumsum(b_decay, axis=0)))[:, None]
+    o_row = tl.arange(0, CHUNK)
+    o_query, o_key = o_row[:, None], o_row[None, :]
+    b_weight = tl.where((o_query <= o_key) if REVERSE else (o_query >= o_key), b_weight, 0.0)
+    p_tile = p_value + o_far[:, None] * value_strides[2] + o_dv[None, :] * value_strides[3]
+    b_value = tl.load(p_tile, mask=m_t[:, None] & m_dv, other=0.0)
+    b_out = tl.dot(b_weight.to(WIDE), b_value.to(WIDE), input_precision="ieee")
+    p_state = p_states + (i_line * chunks + i_chunk) * HEAD * dv + o_d[:, None] * dv + o_dv[None, :]
+    b_state = tl.load(p_state, mask=(o_d < HEAD)[:, None] & m_dv, other=0.0)
+    b_out = tl.dot(b_past.to(WIDE), b_state.to(WIDE), b_out, input_precision="ieee")
+    p_tile = p_out + (i_line * t + o_far)[:, None] * dv + o_dv[None, :]
+    tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_t[:, None] & m_dv)
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """One checked call of the op: rows of unit stride, decay `[b, h, t]` of any strides, or None."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    decay: Tensor | None
+    state: Tensor | None
+    scale: float
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        most = chunk_for(self.query.dtype)
+        return min(most, max(16, triton.next_power_of_2(self.query.shape[2])))
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a head."""
+        return triton.cdiv(self.query.shape[2], self.chunk)
+
+    @property
+    def lines(self) -> int:
+        """Batch entries times heads."""
+        return self.query.shape[0] * self.query.shape[1]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of columns of the value."""
+        return triton.cdiv(self.value.shape[-1], self.block_dv)
+
+    @property
+    def block_dv(self) -> int:
+        """Columns of such a block."""
+        return min(VALUES, max(16, triton.next_power_of_2(self.value.shape[-1])))
+
+    def decay_strides(self) -> tuple[int, int, int]:
+        """Elements from one decay to the next, by batch entry, head and token."""
+        return (0, 0, 0) if self.decay is None else self.decay.stride()  # type: ignore[return-value]
+
+    def options(self) -> dict[str, Any]:
+        """Constants that all kernels are compiled for."""
+        dot = multiplied_in(self.query)
+        return {
+            "SCALE": self.scale,
+            "HEAD": self.query.shape[-1],
+            "BLOCK_D": triton.next_power_of_2(max(16, self.query.shape[-1])),
+            "BLOCK_DV": self.block_dv,
+            "CHUNK": self.chunk,
+            "num_warps": WARPS,
+            "num_stages": STAGES,
+            # Sums of many products can be beyond float16, whatever their operands are.
+            "DOT": dot,
+            "WIDE": tl.float32 if self.query.dtype == torch.float16 else dot,
+        }
+
+    def new_states(self) -> Tensor:
+        """Room for the states before each chunk, `[b h, chunks, d, dv]`."""
+        sizes = (self.lines, self.chunks, self.query.shape[-1], self.value.shape[-1])
+        return self.query.new_empty(sizes, dtype=torch.float32)
+
+
+def checked(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, state: Tensor | None, scale: float
+) -> LinearCall:
+    """A call as the kernels take it. Raises ValueError or TypeError for what they cannot run."""
+    check_floating(query=query, key=key, value=value, decay=decay, state=state)
+    b, h, t, d = query.shape
+    if key.shape != query.shape or value.shape[:3] != query.shape[:3]:
+        raise ValueError(
+            f"key {list(key.shape)} and value {list(value.shape)} do not go with {list(query.shape)}"
+        )
+    if len({x.dtype for x in (query, key, value)}) > 1 or query.dtype == torch.float64:
+        raise TypeError(f"query, key and value: expected one dtype up to float32, got {query.dtype}")
+    if decay is not None:
+        decay = decay.view(1, h, 1).expand(b, h, t) if decay.dim() == 1 else decay
+        if tuple(decay.shape) != (b, h, t):
+            raise ValueError(f"decay: expected [h] or [b, h, t], got {list(decay.shape)}")
+    if state is not None and tuple(state.shape) != (b, h, d, value.shape[-1]):
+        raise ValueError(f"state: expected [b, h, d, dv], got {list(state.shape)}")
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    return LinearCall(query, key, value, decay, None if state is None else state.contiguous(), scale)
+
+
+def states_of(call: LinearCall) -> tuple[Tensor, Tensor]:
+    """The states before each chunk `[b h, chunks, d, dv]`, and the last `[b, h, d, dv]`."""
+    states, shape = call.new_states(), call.query.shape
+    last = states.new_empty((*shape[:2], *states.shape[2:]))
+    run_states(call, call.key, call.value, call.state, states, last, {"SCALE": 1.0, "REVERSE": False})
+    return states, last
+
+
+def run_states(
+    call: LinearCall, x: Tensor, y: Tensor, first: Tensor | None, states: Tensor, last: Tensor, how: Any
+) -> None:
+    """Launch the kernel that carries a state; `how` are its SCALE and REVERSE."""
+    options = {**call.options(), **how}
+    options["DOT"] = options.pop("WIDE")
+    launch(
+        states_kernel,
+        call.lines * call.blocks,
+        x,
+        *(x, y, call.decay, first, states, last),
+        *(x.stride(), y.stride(), call.decay_strides()),
+        *call.query.shape[1:3],
+        y.shape[-1],
+        **options,
+    )
+
+
+def run_chunks(
+    call: LinearCall, operands: tuple[Tensor, Tensor, Tensor], states: Tensor, out: Tensor, reverse: bool
+) -> None:
+    """Launch the kernel that takes all chunks side by side; `out` is contiguous."""
+    launch(
+        chunk_kernel,
+        call.lines * call.chunks * call.blocks,
+        out,
+        *(*operands, call.decay, states, out),
+        *(*(x.stride() for x in operands), call.decay_strides()),
+        *call.query.shape[1:3],
+        call.value.shape[-1],
+        REVERSE=reverse,
+        **call.options(),
+    )
+
+
+def empty_result(call: LinearCall, out: Tensor) -> tuple[Tensor, Tensor]:
+    """What a call without tokens or columns gives: the state as it came."""
+    sizes = (*call.query.shape[:2], call.query.shape[-1], call.value.shape[-1])
+    last = out.new_zeros(sizes, dtype=torch.float32)
+    return out, last if call.state is None else last.copy_(call.state)
+
+
+@torch.library.custom_op(
+    "effopt_triton::linear_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? state, float scale) "
+    "-> (Tensor, Tensor)",
+)
+def linear_attention_forward(*given: Any) -> tuple[Tensor, Tensor]:
+    call = checked(*given)
+    out = call.query.new_empty((*call.query.shape[:-1], call.value.shape[-1]))
+    if out.numel() == 0:
+        return empty_result(call, out)
+    states, last = states_of(call)
+    run_chunks(call, (call.query, call.key, call.value), states, out, reverse=False)
+    return out, last
+
+
+@linear_attention_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return ops.linear_attention.fake(query, key, value)

@@ -1,0 +1,239 @@
+"""What multiplies the scores of a linear attention: a causal triangle, and a decay with distance.
+
+    weight = open(query, key) * exp(sum of rate[head] * distance(query, key))
+
+`weight_of` reads the graph of such a tensor, built by index arithmetic, as that. Conditions and indices are
+read by `analyses/masks`. What has no rule raises `Reject` with the node at which the reading stopped. Looks
+only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from effopt.graph.analyses.causal_distance import condition_at, distance_at, place_in, stop
+from effopt.graph.analyses.masks import conditions as c
+from effopt.graph.analyses.masks.evaluation import evaluate
+from effopt.graph.analyses.masks.moves import Place, aligned, scalar, source_of
+from effopt.graph.analyses.masks.reading import Reader
+from effopt.graph.analyses.masks.sums import Axis, Sum, whole
+from effopt.graph.constants import constant_number
+from effopt.graph.rewrite import require
+from effopt.graph.values import val
+
+_aten = torch.ops.aten
+_CASTS = {_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default}
+_TIMES = {_aten.mul.Tensor, _aten.mul.Scalar}
+_OVER = {_aten.div.Tensor, _aten.div.Scalar}
+_WHERE = {_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar}
+_FILL = {_aten.masked_fill.Scalar, _aten.masked_fill.Tensor}
+_POSITIVE = {_aten.exp.default, _aten.sigmoid.default}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One factor `exp(by * rate * distance)`; the rate is an element of a tensor, or its logarithm, or 1."""
+
+    distance: Sum
+    by: float = 1.0
+    node: Node | None = None
+    """None: the rate is 1."""
+    at: Place = ()
+    is_base: bool = False
+    """Whether the rate is the logarithm of the element."""
+    within: c.Condition = c.TRUE
+    """Where the factor is taken; elsewhere something else is selected, so that it may overflow there."""
+    dtype: torch.dtype = torch.float32
+    """That it is computed in."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """1 where `open` holds, else 0, times all factors."""
+
+    open: c.Condition = c.TRUE
+    rates: tuple[Rate, ...] = ()
+
+    def __mul__(self, other: Weight) -> Weight:
+        return Weight(c.every(self.open, other.open), (*self.rates, *other.rates))
+
+    def where(self, condition: c.Condition) -> Weight:
+        """Itself where a condition holds, and 0, by selection, elsewhere."""
+        kept = tuple(replace(r, within=c.every(r.within, condition)) for r in self.rates)
+        return Weight(c.every(self.open, condition), kept)
+
+
+def weight_of(node: Node, frame: tuple[Any, ...], place: Place, reader: Reader) -> Weight:
+    """The factor that `node`, broadcast to `frame`, is at a place (.., query, key). Raises `Reject`."""
+    at = aligned(node, frame, place)
+    require(at is not None, f"{node.name} enlarges the scores", node)
+    assert at is not None
+    return _weight(node, at, reader)
+
+
+def condition_of(node: Node, frame: tuple[Any, ...], place: Place, reader: Reader) -> c.Condition:
+    """The condition that a boolean `node` is likewise."""
+    at = aligned(node, frame, place)
+    require(at is not None and val(node).dtype == torch.bool, f"{node.name} is no mask of the scores", node)
+    assert at is not None
+    return condition_at(node, at, reader)
+
+
+def triangle(node: Node, place: Place) -> c.Condition:
+    """Where `tril` or `triu` keeps its operand."""
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
+    diagonal = scalar(given)
+    require(diagonal is not None, "the diagonal is not known when compiling", node)
+    ahead = place[-1] - place[-2] - (diagonal or whole(0))
+    return c.at_most(ahead if node.target is _aten.tril.default else ahead * -1)
+
+
+def _weight(node: Node, place: Place, reader: Reader) -> Weight:
+    if val(node).dtype == torch.bool:
+        return Weight(condition_at(node, place, reader))
+    moved = source_of(node, place)
+    if moved is not None:
+        return _weight(*moved, reader)
+    number = constant_number(node)
+    if number is not None and number in (0, 1):
+        return Weight(c.TRUE if number else c.FALSE)
+    if node.op != "call_function":
+        raise stop(node)
+    args: Any = node.args
+    if node.target in _CASTS and (val(args[0]).dtype == torch.bool or val(node).dtype.is_floating_point):
+        return _weight(args[0], place, reader)
+    if node.target in (_aten.tril.default, _aten.triu.default):
+        return _weight(args[0], place, reader).where(triangle(node, place))
+    if node.target in _TIMES and all(isinstance(a, Node) for a in args[:2]):
+        one, other = (_weight(a, place_in(node, a, place), reader) for a in args[:2])
+        return one * other
+    chosen = _choice(node, place, reader)
+    if chosen is not None:
+        condition, yes, no = chosen
+        if constant_number(no) != 0:
+            raise stop(node)
+        return _side(node, yes, place, reader).where(condition)
+    if node.target is _aten.exp.default:
+        found = _logarithm(args[0], place, 1.0, reader)
+        return replace(found, rates=tuple(replace(r, dtype=val(node).dtype) for r in found.rates))
+    if node.target in (_aten.pow.Tensor_Tensor, _aten.pow.Scalar):
+        return _power(node, place, reader)
+    raise stop(node)
+
+
+def _side(node: Node, value: Any, place: Place, reader: Reader) -> Weight:
+    number = constant_number(value)
+    if number is not None and number in (0, 1):
+        return Weight(c.TRUE if number else c.FALSE)
+    if not isinstance(value, Node):
+        raise stop(node)
+    return _weight(value, place_in(node, value, place), reader)
+
+
+def _choice(node: Node, place: Place, reader: Reader) -> tuple[c.Condition, Any, Any] | None:
+    """(condition, where it holds, elsewhere) of a selection; a fill is turned, so that the number is last."""
+    args: Any = node.args
+    if node.target in _WHERE:
+        condition, yes, no = args[:3]
+    elif node.target in _FILL:
+        no, condition, yes = args[:3]
+    else:
+        return None
+    held = condition_at(condition, place_in(node, condition, place), reader)
+    if constant_number(no) is None or constant_number(yes) == 0 or constant_number(yes) == -math.inf:
+        return c.negated(held), no, yes
+    return held, yes, no
+
+
+def _power(node: Node, place: Place, reader: Reader) -> Weight:
+    base, exponent = node.args[0], node.args[1]
+    if not isinstance(exponent, Node):
+        raise stop(node)
+    distance = distance_at(exponent, place_in(node, exponent, place), reader)
+    number = constant_number(base)
+    if number is not None:
+        require(number > 0, f"the base of the decay is {number}: its powers change sign or vanish", node)
+        return Weight(rates=(Rate(distance, math.log(number), dtype=val(node).dtype),))
+    assert isinstance(base, Node)
+    at = place_in(node, base, place)
+    source, at = _origin(base, at)
+    require(
+        _is_positive(source),
+        f"the base of the decay, {source.name}, is not known to be positive: take exp(rate * distance)",
+        node,
+    )
+    return Weight(rates=(Rate(distance, 1.0, source, at, is_base=True, dtype=val(node).dtype),))
+
+
+def _origin(node: Node, at: Place) -> tuple[Node, Place]:
+    """What views read."""
+    while (moved := source_of(node, at)) is not None:
+        node, at = moved
+    return node, at
+
+
+def _is_positive(node: Node) -> bool:
+    if node.target in _POSITIVE:
+        return True
+    known = evaluate(node)
+    return known is not None and bool((known > 0).all())
+
+
+def _logarithm(node: Node, place: Place, by: float, reader: Reader) -> Weight:
+    """The weight `exp(by * node)`."""
+    moved = source_of(node, place)
+    if moved is not None:
+        return _logarithm(*moved, by, reader)
+    args: Any = node.args
+    if node.target is _aten.neg.default:
+        return _logarithm(args[0], place, -by, reader)
+    chosen = _choice(node, place, reader)
+    if chosen is not None:
+        condition, yes, no = chosen
+        fill = constant_number(no)
+        if fill is None or by * fill != -math.inf or not isinstance(yes, Node):
+            raise stop(node)
+        return _logarithm(yes, place_in(node, yes, place), by, reader).where(condition)
+    if node.target in (*_TIMES, *_OVER):
+        number = constant_number(args[1])
+        if number:
+            by = by * number if node.target in _TIMES else by / number
+            return _logarithm(args[0], place_in(node, args[0], place), by, reader)
+        number = constant_number(args[0])
+        if number and node.target in _TIMES:
+            return _logarithm(args[1], place_in(node, args[1], place), by * number, reader)
+    if node.target in _TIMES:
+        return _rated(node, place, by, reader)
+    return Weight(rates=(Rate(distance_at(node, place, reader), by),))
+
+
+def _rated(node: Node, place: Place, by: float, reader: Reader) -> Weight:
+    """`exp(by * rate * distance)`: one operand depends on neither query nor key."""
+    a, b = node.args[:2]
+    for rate, distance in ((a, b), (b, a)):
+        if not isinstance(rate, Node) or not isinstance(distance, Node):
+            break
+        source, at = _origin(rate, place_in(node, rate, place))
+        turned = 1.0
+        while source.target is _aten.neg.default:
+            turned = -turned
+            source, at = _origin(source.args[0], at)  # type: ignore[arg-type]
+        if {"query", "key"} & frozenset().union(*map(c.axes_of, at)):
+            continue
+        inner = _logarithm(distance, place_in(node, distance, place), 1.0, reader)
+        alone = len(inner.rates) == 1 and inner.rates[0].node is None
+        # What is hidden by -inf stays hidden by a positive rate alone, whose sign nobody knows.
+        if alone and inner.open == c.TRUE:
+            found = replace(inner.rates[0], node=source, at=at)
+            return Weight(rates=(replace(found, by=found.by * by * turned),))
+    raise stop(node)
+
+
+def is_head_only(at: Place) -> bool:
+    """Whether a place is fixed by the head: each dimension one index, or the head itself."""
+    return all(s.number is not None or (isinstance(s.only, Axis) and s.only.name == "head") for s in at)

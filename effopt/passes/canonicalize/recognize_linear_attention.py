@@ -1,0 +1,116 @@
+"""Recognise linear attention that is written with a causal mask, or with a decay that is one.
+
+    (scale * query @ key^T * decay(query - key), causal) @ value  =>  linear_attention(query, key, value, ...)
+
+Exact up to reassociation and intermediate rounding. The decay is `exp(rate * (i - j))` or `gamma ** (i - j)`,
+with one rate for all heads or one a head. The sum of the weights over keys, which normalises, is a linear
+attention whose values are ones. No training needed. Saves the `[b, h, t, t]` weights: time and memory grow
+with t, and not with its square, wherever a kernel or chunks take the op.
+
+Source: Katharopoulos et al. 2020, arXiv:2006.16236, section 3.3; with decay: Sun et al. 2023,
+arXiv:2307.08621, equation 5; Qin et al. 2023, arXiv:2307.14995, section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from effopt.graph.linear_attention_form import read, write
+from effopt.graph.pattern import ANY, HOLE, Capture, Named, OpBuilder, any_of, chain, tensor
+from effopt.graph.rewrite import Emit, Match
+from effopt.passes.base import Example, Rewrite, Stage
+
+C = Capture
+
+
+@dataclass(frozen=True)
+class RecognizeLinearAttention(Rewrite):
+    """Every spelling over matmul or bmm with a causal mask becomes `effopt::linear_attention`."""
+
+    name: ClassVar[str] = "recognize-linear-attention"
+    stage: ClassVar[Stage] = Stage.CANONICALIZE
+    after: ClassVar[tuple[str, ...]] = ("spell-einsum",)
+
+    def pattern(self, op: OpBuilder, query: Any, key: Any, value: Any) -> Any:
+        q, k, v = tensor(query), tensor(key), tensor(value)
+        weights = chain(
+            "steps",
+            Named("product", any_of(op.matmul(q, k), op.bmm(q, k))),
+            mul=op.mul(HOLE, C("factor")),
+            div=op.div(HOLE, C("factor")),
+            tril=op.tril(HOLE, ANY),
+            triu=op.triu(HOLE, ANY),
+            keep=op.where(tensor("condition"), HOLE, C("fill")),
+            drop=any_of(
+                op.where(tensor("condition"), C("fill"), HOLE),
+                op.masked_fill(HOLE, tensor("condition"), C("fill")),
+            ),
+            clone=op.clone(HOLE, memory_format=ANY),
+            cast=any_of(op._to_copy(HOLE, dtype=ANY), op.type_as(HOLE, ANY)),
+        )
+        return any_of(op.matmul(weights, v), op.bmm(weights, v), op.sum(weights, [-1], ANY))
+
+    def legal(self, m: Match) -> None:
+        read(m)
+
+    def rewrite(self, emit: Emit, m: Match) -> Any:
+        return write(emit, read(m))
+
+    def samples(self) -> Iterable[Example]:
+        q, k, v = (torch.randn(2, 3, 9, n) for n in (4, 4, 5))
+        rate = torch.tensor([0.1, 0.5, 2.0])
+
+        def decayed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
+            place = torch.arange(q.shape[2])
+            apart = place[:, None] - place
+            decay = torch.exp(-rate[:, None, None] * apart).masked_fill(apart < 0, 0.0)
+            return (q @ k.mT * decay * 0.5) @ v
+
+        square = tuple(torch.randn(2, 4, 4, 4) for _ in range(3))
+        yield Example(lambda q, k, v: (q @ k.transpose(-2, -1) * 0.5).tril(0) @ v, square)
+        yield Example(_normalised, (q.exp(), k.exp(), v))
+        yield Example(decayed, (q, k, v, rate))
+        yield Example(_powers, (q[0], k[0], v[0]))
+
+    def refusals(self) -> Iterable[Example]:
+        q, k, v = (torch.randn(2, 3, 9, 4) for _ in range(3))
+        mask = torch.ones(9, 9).tril()
+        yield Example(lambda q, k, v: (q @ k.mT).tril(-1) @ v, (q, k, v), "its own key is hidden")
+        yield Example(lambda q, k, v: (q @ k.mT).tril(2) @ v, (q, k, v), "the diagonal is shifted")
+        yield Example(lambda q, k, v: (q @ k.mT).triu() @ v, (q, k, v), "not causal")
+        yield Example(lambda q, k, v: (q @ k.mT).tril().triu(-3) @ v, (q, k, v), "is a window")
+        yield Example(lambda q, k, v: (q @ k.mT * 0.5) @ v, (q, k, v), "every query sees every key")
+        yield Example(lambda q, k, v, m: (q @ k.mT * m) @ v, (q, k, v, mask), "not known to be causal")
+        yield Example(lambda q, k, v: (q[:, :, 5:] @ k.mT).tril() @ v, (q, k, v), "4 queries and 9 keys")
+        yield Example(lambda q, k, v: [w := (q @ k.mT).tril(), w @ v], (q, k, v), "also used by")
+        yield Example(lambda q, k, v: (q @ k.mT).masked_fill(_ahead(q), -1.0) @ v, (q, k, v), "than 0")
+        yield Example(lambda q, k, v: _raised(q, k, v, 1.1), (q, k, v), "the decay grows")
+        yield Example(lambda q, k, v: _raised(q, k, v, -0.9), (q, k, v), "change sign")
+        yield Example(lambda q, k, v: _raised(q, k, v, q[0, 0, 0, 0]), (q, k, v), "known to be positive")
+        yield Example(lambda q, k, v: _raised(q, k, v, 1e-9), (q, k, v), "may overflow ahead")
+
+
+def _ahead(q: torch.Tensor) -> torch.Tensor:
+    place = torch.arange(q.shape[-2])
+    return place > place[:, None]
+
+
+def _normalised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    weights = torch.where(_ahead(q), 0.0, torch.einsum("bhid,bhjd->bhij", q, k))
+    return weights @ v / (weights.sum(-1, keepdim=True) + 1e-6)
+
+
+def _powers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    place = torch.arange(q.shape[-2], dtype=torch.float32)
+    apart = place.unsqueeze(-1) - place
+    return torch.bmm(torch.bmm(q, k.mT) * torch.pow(0.9, apart.clamp(min=0)).tril(), v)
+
+
+def _raised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gamma: float | torch.Tensor) -> torch.Tensor:
+    place = torch.arange(q.shape[-2])
+    apart = place[:, None] - place
+    return (q @ k.mT * (gamma**apart * (apart >= 0))) @ v

@@ -1,0 +1,148 @@
+"""Recognise the selective scan in the loop over time that a model writes.
+
+    for t in range(T):                                              y, h = selective_scan(u, delta, a, b, c)
+        h = exp(delta * a)[t] * h + (delta * b * u)[t]      =>
+        ys.append(h[t] @ c[t])
+    y = stack(ys)
+
+Exact: the same sums, in float32 or wider. Decays and inputs may be formed of all steps at once or in each
+step, in any order of factors; read-outs by `matmul`, a sum or `einsum`, collected by `stack`, `cat` or
+writes; from the first step to the last or back. The loop's length is that of the traced call, as in the
+model. No training needed. Saves most of the graph (eight calls a step), and two tensors of [b, d, t, n].
+
+Source: Gu & Dao 2023, arXiv:2312.00752, section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from effopt.graph.analyses.recurrences import recurrences
+from effopt.graph.driver import apply_found
+from effopt.graph.rewrite import Emit, Match, PassResult
+from effopt.graph.scan_form import covered, read, write
+from effopt.passes.base import Context, Example, GraphPass, Stage
+
+
+@dataclass(frozen=True)
+class RecognizeSelectiveScan(GraphPass):
+    """A graph pass, for no pattern can say "and so on for every step"."""
+
+    name: ClassVar[str] = "recognize-selective-scan"
+    stage: ClassVar[Stage] = Stage.CANONICALIZE
+    after: ClassVar[tuple[str, ...]] = ("spell-einsum",)
+    may_duplicate: ClassVar[bool] = True
+
+    def apply(self, module: GraphModule, context: Context) -> PassResult:
+        """Each loop that is a linear recurrence, and a scan."""
+        found = recurrences(module.graph)
+        matches = [Match(r.last, covered(r), {"found": r}) for r in found.recurrences]
+        result = apply_found(self, module, matches, context.approve)
+        for miss in found.misses:
+            if miss.node is not None:
+                result.reject(self.name, miss.node, miss.reason)
+        return result
+
+    def legal(self, m: Match) -> None:
+        read(m.found)
+
+    def outputs(self, m: Match) -> tuple[Node, ...]:
+        """The collected read-outs, and the last state where it is read besides."""
+        collected = m.found.outputs[0].collected.node
+        return (collected, m.found.last) if m.found.reads_last else (collected,)
+
+    def rewrite(self, emit: Emit, m: Match) -> Any:
+        emit.note = f"{m.found.steps} steps"
+        return write(emit, m.found, read(m.found))[: len(self.outputs(m))]
+
+    def samples(self) -> Iterable[Example]:
+        yield Example(_scan, _inputs())
+        yield Example(_scan_from, (*_inputs(), torch.randn(2, 3, 5)))
+        yield Example(_in_each_step, _inputs())
+        yield Example(_backwards, _inputs())
+
+    def refusals(self) -> Iterable[Example]:
+        inputs = _inputs()
+        plain = lambda u, d, a, b, c: _loop(d.unsqueeze(-1) + a[:, None], _added(u, d, b), c)  # noqa: E731
+        yield Example(plain, inputs, "not an exponential")
+        other = lambda u, d, a, b, c: _loop(_decay(d, a), _added(u, d.cos(), b), c)  # noqa: E731
+        yield Example(other, inputs, "step length of its decay is not in what it adds")
+        bent = lambda u, d, a, b, c: _loop(_decay(d, a), _added(u, d, b), c, torch.tanh)  # noqa: E731
+        yield Example(bent, inputs, "its state goes through aten.tanh")
+        gaps = lambda u, d, a, b, c: _loop(_decay(d, a), _added(u, d, b), c, steps=(0, 1, 3))  # noqa: E731
+        yield Example(gaps, inputs, "not one after the other")
+        some = lambda u, d, a, b, c: _loop(_decay(d, a), _added(u, d, b), c, steps=(1, 2, 3))  # noqa: E731
+        yield Example(some, inputs, "3 of the 4 places")
+        yield Example(lambda u, d, a, b, c: _backwards(u, d, a, b, c, over=1), inputs, "not over n")
+        yield Example(_read_outside, inputs, "is also read by")
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    u, b, c = torch.randn(2, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    return u, torch.rand(2, 3, 4), -torch.rand(3, 5), b, c
+
+
+def _decay(delta: Tensor, a: Tensor) -> Tensor:
+    return torch.exp(delta.unsqueeze(-1) * a[None, :, None])
+
+
+def _added(u: Tensor, delta: Tensor, b: Tensor) -> Tensor:
+    return delta.unsqueeze(-1) * b.transpose(1, 2)[:, None] * u.unsqueeze(-1)
+
+
+def _loop(decay: Tensor, added: Tensor, c: Tensor, bend: Any = None, steps: Any = range(4)) -> Tensor:
+    h, ys = torch.zeros_like(added[:, :, 0]), []
+    for t in steps:
+        h = decay[:, :, t] * h + added[:, :, t]
+        h = bend(h) if bend else h
+        ys.append((h @ c[:, :, t].unsqueeze(-1))[:, :, 0])
+    return torch.stack(ys, -1)
+
+
+def _scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return _loop(_decay(delta, a), _added(u, delta, b), c)
+
+
+def _scan_from(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, h: Any) -> tuple[Tensor, Tensor]:
+    decay, added, ys = _decay(delta, a), _added(u, delta, b), []
+    for t in range(u.shape[2]):
+        h = added[:, :, t] + h * decay[:, :, t]
+        ys.append(c[:, None, :, t] @ h.mT)
+    return torch.cat(ys, 1), h
+
+
+def _step(h: Any, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, t: int) -> Tensor:
+    length = delta[:, :, t, None]
+    return torch.exp(length * a) * h + length * u[:, :, t, None] * b[:, None, :, t]
+
+
+def _in_each_step(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    h, out = torch.zeros_like(u[:, :, :1] * a), torch.empty_like(u)
+    for t in range(u.shape[2]):
+        h = _step(h, u, delta, a, b, t)
+        out[:, :, t] = (h * c[:, None, :, t]).sum(-1)
+    return out
+
+
+def _backwards(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, over: int = -1) -> Tensor:
+    h, ys = torch.zeros_like(u[:, :, :1] * a), []
+    for t in reversed(range(u.shape[2])):
+        h = _step(h, u, delta, a, b, t)
+        ys.append((h * c[:, None, :, t]).sum(over, keepdim=True))
+    return torch.cat(ys[::-1], over)
+
+
+def _read_outside(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    h = second = torch.zeros_like(u[:, :, :1] * a)
+    ys = []
+    for t in range(u.shape[2]):
+        h = _step(h, u, delta, a, b, t)
+        second = h if t == 1 else second
+        ys.append((h * c[:, None, :, t]).sum(-1))
+    return torch.stack(ys, -1), second

@@ -1,0 +1,265 @@
+"""Loops over time, unrolled: which are linear recurrences, and why look-alikes are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import Graph
+
+from effopt.graph.analyses.lockstep import Along, Apply, State, leaves
+from effopt.graph.analyses.recurrences import Found, recurrences
+from effopt.graph.capture import capture
+
+Loop = Callable[..., Any]
+
+
+def graph_of(loop: Loop, *inputs: Tensor) -> Graph:
+    """The normal form of an unrolled loop."""
+    graphs = []
+
+    def backend(module: Any, given: Any) -> Any:
+        graphs.append(capture(module, given).module.graph)
+        return module.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(loop, backend=backend)(*inputs)
+    (graph,) = graphs
+    return graph
+
+
+def found_in(loop: Loop, steps: int = 4) -> Found:
+    """What is found for a decay and an input of `[2, steps, 3, 4]`, and a read-out of `[2, steps, 4]`."""
+    inputs = [torch.rand(2, steps, 3, 4), torch.randn(2, steps, 3, 4), torch.randn(2, steps, 4)]
+    return recurrences(graph_of(loop, *inputs))
+
+
+def read(h: Tensor, c: Tensor, i: int) -> Tensor:
+    return (h * c[:, i][:, None]).sum(-1)
+
+
+def plain(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+    h, ys = torch.zeros(2, 3, 4), []
+    for i in range(a.shape[1]):
+        h = a[:, i] * h + u[:, i]
+        ys.append(read(h, c, i))
+    return torch.stack(ys, 1)
+
+
+def other_order(a: Tensor, u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    h, ys = u.new_zeros(2, 3, 4), []
+    for x, y, z in zip(a.unbind(1), u.split(1, 1), c.unbind(1), strict=True):
+        h = y[:, 0] + h * x
+        ys.append(torch.einsum("bdn,bn->bd", h, z)[:, None])
+    return torch.cat(ys, 1), h
+
+
+def joined_product(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+    h, out = 0, torch.empty(2, a.shape[1], 3)
+    for i in range(a.shape[1]):
+        h = torch.addcmul(u[:, i], a[:, i], h) if i else 0 * a[:, i] + u[:, i]
+        out[:, i] = read(h, c, i)
+    return out
+
+
+def written(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+    h, out = torch.zeros(2, 3, 4), torch.empty(2, a.shape[1], 3)
+    for i in range(a.shape[1]):
+        h = a[:, i] * h + u[:, i]
+        out[:, i] = read(h, c, i)
+    return out
+
+
+def backwards(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+    h, ys = torch.zeros(2, 3, 4), []
+    for i in reversed(range(a.shape[1])):
+        h = a[:, i] * h + u[:, i]
+        ys.append(read(h, c, i))
+    return torch.stack(ys[::-1], 1)
+
+
+@pytest.mark.parametrize("loop", [plain, other_order, written, backwards])
+def test_spellings_of_one_recurrence(loop: Loop) -> None:
+    found = found_in(loop)
+    assert not found.misses
+    (one,) = found.recurrences
+    assert one.steps == 4
+    assert one.start is None
+    assert one.reads_last == (loop is other_order)
+    assert isinstance(one.decay, Along)
+    assert one.decay.axis == 1
+    stride = -1 if loop is backwards else 1
+    assert (one.decay.first, one.decay.stride) == (3 if loop is backwards else 0, stride)
+    (output,) = one.outputs
+    assert output.collected.axis == 1
+    assert output.reverse == (loop is backwards)
+    assert {type(leaf) for leaf in leaves(output.series)} == {State, Along}
+    assert [s.name for s in sorted(one.sources)] == ["arg0_1", "arg1_1", "arg2_1"]
+
+
+def test_a_first_step_of_another_form_is_a_start_and_its_output_is_missed() -> None:
+    found = found_in(joined_product)
+    assert not found.recurrences
+    assert "also read by" in found.misses[0].reason or "steps" in found.misses[0].reason
+
+
+def test_outer_products_and_one_gate_a_head() -> None:
+    def linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        state, ys = torch.zeros(2, 3, 4, 5), []
+        for i in range(k.shape[2]):
+            state = state * g[:, :, i].exp()[..., None, None]
+            state = state + k[:, :, i, :, None] * v[:, :, i, None]
+            ys.append((state * q[:, :, i, :, None]).sum(-2))
+        return torch.stack(ys, 2), state
+
+    q, k, v, g = (torch.randn(2, 3, 6, n) for n in (4, 4, 5, 1))
+    (one,) = recurrences(graph_of(linear_attention, q, k, v, g[..., 0])).recurrences
+    assert one.reads_last
+    assert isinstance(one.added, Apply)
+    assert isinstance(one.decay, Apply)
+    assert [leaf.axis for leaf in leaves(one.added) if isinstance(leaf, Along)] == [2, 2]
+
+
+def test_no_decay_and_a_given_state() -> None:
+    def sums(u: Tensor, c: Tensor, h: Tensor) -> Tensor:
+        ys = []
+        for i in range(u.shape[1]):
+            h = h + u[:, i]
+            ys.append(read(h, c, i))
+        return torch.stack(ys, 1)
+
+    inputs = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 3, 4)
+    (one,) = recurrences(graph_of(sums, *inputs)).recurrences
+    assert one.decay is None
+    assert one.start is not None
+    assert list(one.start.meta["val"].shape) == [2, 3, 4]
+
+
+def _nonlinear(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+    h, ys = torch.zeros(2, 3, 4), []
+    for i in range(4):
+        h = torch.tanh(a[:, i] * h + u[:, i])
+        ys.append(read(h, c, i))
+    return torch.stack(ys, 1)
+
+
+def _gaps(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+    h, ys = torch.zeros(2, 3, 4), []
+    for i in (0, 1, 3):
+        h = a[:, i] * h + u[:, i]
+        ys.append(read(h, c, i))
+    return torch.stack(ys, 1)
+
+
+def _state_of_a_step(a: Tensor, u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    h, ys, kept = torch.zeros(2, 3, 4), [], u[:, 0]
+    for i in range(4):
+        h = a[:, i] * h + u[:, i]
+        kept = h if i == 1 else kept
+        ys.append(read(h, c, i))
+    return torch.stack(ys, 1), kept
+
+
+def _delta_rule(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+    h, ys = torch.zeros(2, 3, 4), []
+    for i in range(4):
+        h = a[:, i] * h + u[:, i] * read(h, c, i)[..., None]
+        ys.append(read(h, c, i))
+    return torch.stack(ys, 1)
+
+
+def _one_step_other(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+    h, ys = torch.zeros(2, 3, 4), []
+    for i in range(4):
+        h = a[:, i] * h + (u[:, i].exp() if i == 3 else u[:, i])
+        ys.append(read(h, c, i))
+    return torch.stack(ys, 1)
+
+
+def _shuffled(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+    h, ys = torch.zeros(2, 3, 4), []
+    for i in range(4):
+        h = a[:, i] * h + u[:, i]
+        ys.append(read(h, c, i))
+    return torch.stack([ys[0], ys[2], ys[1], ys[3]], 1)
+
+
+def _rounded(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+    h, ys = torch.zeros(2, 3, 4), []
+    for i in range(4):
+        h = (a[:, i] * h + u[:, i]).bfloat16().float()
+        ys.append(read(h, c, i))
+    return torch.stack(ys, 1)
+
+
+def _reads_the_future(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+    h, hs = torch.zeros(2, 3, 4), []
+    for i in range(4):
+        h = a[:, i] * h + u[:, i]
+        hs.append(h)
+    late = c * h.sum()
+    return torch.stack([read(h, late, i) for i, h in enumerate(hs)], 1)
+
+
+def _random(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+    h, ys = torch.zeros(2, 3, 4), []
+    for i in range(4):
+        h = a[:, i] * h + torch.dropout(u[:, i], 0.5, True)
+        ys.append(read(h, c, i))
+    return torch.stack(ys, 1)
+
+
+@pytest.mark.parametrize(
+    ("loop", "reason"),
+    [
+        (_nonlinear, "its state goes through aten.tanh"),
+        (_gaps, "0, 1, 3 of axis 1: not one after the other"),
+        (_state_of_a_step, "is also read by output"),
+        (_delta_rule, "depends on the state"),
+        (_one_step_other, "collects 4 values, and the loop has 3 steps"),
+        (_shuffled, "at 0, 2, 1, 3 of axis 1"),
+        (_reads_the_future, "made of a state"),
+        (_random, "random numbers"),
+    ],
+)
+def test_look_alikes(loop: Loop, reason: str) -> None:
+    found = found_in(loop)
+    assert not found.recurrences
+    assert any(reason in why.reason for why in found.misses), [why.reason for why in found.misses]
+
+
+def test_a_state_that_is_rounded_in_each_step_is_none() -> None:
+    assert not found_in(_rounded).recurrences
+
+
+def test_a_residual_stream_is_no_loop_that_failed() -> None:
+    def stream(x: Tensor, *weights: Tensor) -> Tensor:
+        for w in weights:
+            x = x + torch.nn.functional.linear(x, w)
+        return x
+
+    found = recurrences(graph_of(stream, torch.randn(2, 8), *(torch.randn(8, 8) for _ in range(4))))
+    assert not found.recurrences
+    assert not found.misses
+
+
+@pytest.mark.parametrize("steps", [16, 64])
+def test_work_is_linear_in_steps(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from effopt.graph.analyses import lockstep
+
+    calls = 0
+    part_at = lockstep.part_at
+
+    def counted(node: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return part_at(node)
+
+    monkeypatch.setattr(lockstep, "part_at", counted)
+    (one,) = found_in(plain, steps).recurrences
+    assert one.steps == steps
+    assert calls <= 12 * steps
