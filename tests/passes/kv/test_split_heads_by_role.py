@@ -27,8 +27,8 @@ from tests.test_caches import generate, kv_bytes, model_of, ordinary, prompt
 NAME = "split-heads-by-role"
 SINK, RECENT = 2, 5
 STREAMS: dict[str, list[list[int]]] = {
-    "grouped": [[0], [1], [], [0, 1]],
-    "single": [[0, 2], [1], [], [0, 1, 2, 3]],
+    "grouped": [[1], [0, 1]],
+    "single": [[0, 2], [0, 1, 2, 3]],
 }
 
 
@@ -56,9 +56,18 @@ def decisions(plan: effopt.Plan) -> dict[int, Any]:
     return {i: entry.decision for i, entry in enumerate(plan.sections[0].entries)}
 
 
+def small(name: str) -> Any:
+    """Two layers, weights large enough for the heads to matter."""
+    model = architectures.build(name, "sdpa", use_cache=True)[0]
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.dim() > 1):
+            weight.mul_(4)
+    return model
+
+
 def case(name: str) -> tuple[Any, effopt.Plan, Any]:
     """A model, a plan for it, and its twin."""
-    model = model_of(name)
+    model = small(name)
     plan = plan_of(model, STREAMS["single" if name == "gpt2" else "grouped"])
     return model, plan, streaming_twin_of(model, decisions(plan))
 
@@ -76,12 +85,12 @@ def test_prefill_equals_the_twin_at_every_position(name: str) -> None:
         got, want = (f(ids, attention_mask=mask, use_cache=False).logits for f in (run, twin))
     assert relative(got[mask.bool()], want[mask.bool()]) < 1e-5
     nodes = [n for n in look.seen[0].graph.nodes if n.target is ops.attention.overload]
-    assert len(nodes) == 6  # two of a split layer, one of a layer that is all of one kind
+    assert len(nodes) == 3  # two of a split layer, one of a layer whose heads all stream
     bands = [n.kwargs for n in nodes if "anchors" in n.kwargs]
-    assert [(k["low"], k["anchors"]) for k in bands] == [(1 - RECENT, SINK)] * 3
+    assert [(k["low"], k["anchors"]) for k in bands] == [(1 - RECENT, SINK)] * 2
 
 
-@pytest.mark.parametrize("made_by", ["transformers", "cache_for"])
+@pytest.mark.parametrize("made_by", sampled(["transformers", "cache_for"], "cache_for"))
 @pytest.mark.parametrize("length", [None, 40], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", sampled(["llama", "qwen3", "gpt2"], "llama"))
 def test_generate(name: str, length: int | None, made_by: str) -> None:
@@ -108,6 +117,16 @@ def test_generate(name: str, length: int | None, made_by: str) -> None:
         assert generate(model, cache) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [None, 40], ids=["dynamic", "static"])
+def test_generate_through_inductor(length: int | None) -> None:
+    model, plan, twin = case("llama")
+    expected = generate(twin, ordinary(twin, length))
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="effopt", options={"plans": plan})
+    assert generate(model, effopt.cache_for(model, plan, max_cache_len=length)) == expected
+
+
 def held_bytes(cache: Any) -> int:
     """Bytes of the storages of everything that a cache keeps."""
     tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
@@ -129,7 +148,7 @@ def expected_bytes(plan: effopt.Plan, full: Any) -> int:
 
 @pytest.mark.parametrize("length", [None, 40], ids=["dynamic", "static"])
 @pytest.mark.parametrize(
-    "chunks", sampled([(1,) * 9, (2, 1, 9, 1, 7, 3), (3, 3, 3)], (2, 1, 9, 1, 7, 3)), ids=str
+    "chunks", sampled([(1,) * 9, (2, 9, 1), (2, 1, 9, 1, 7, 3), (3, 3, 3)], (2, 9, 1)), ids=str
 )
 def test_tokens_that_come_in_pieces(chunks: tuple[int, ...], length: int | None) -> None:
     """Sinks that fill up late, a ring that is overrun by one piece, and pieces longer than it."""
@@ -169,7 +188,7 @@ def test_beams_take_their_caches_along() -> None:
 
 
 def test_all_heads_that_see_all_are_the_same_graph() -> None:
-    model = model_of("llama")
+    model = small("llama")
     plan = effopt.calibrate(model, [batch()], f"{NAME}{{retrieval=1.0,sink=2,recent=5}}")
     assert not any(decisions(plan).values())
     looks = [Look(), Look()]
@@ -184,7 +203,7 @@ def test_all_heads_that_see_all_are_the_same_graph() -> None:
 
 
 def test_score_is_the_error_of_a_streaming_head() -> None:
-    model: Any = model_of("llama").double()
+    model: Any = small("llama").double()
     captured: list[tuple[Any, ...]] = []
     attend = torch.nn.functional.scaled_dot_product_attention
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
@@ -202,14 +221,14 @@ def test_score_is_the_error_of_a_streaming_head() -> None:
         error, size = (x.square().reshape(2, 2, -1).sum(-1) for x in (full - alone, full))
         assert entry.score == pytest.approx((error / size).mean(0).tolist(), rel=1e-5)
     assert effopt.Plan.from_json(plan.to_json()) == plan
-    assert str(plan).count("score ") == 4
+    assert str(plan).count("score ") == 2
     errors = sorted(s for e in plan.sections[0].entries for s in e.score)  # type: ignore[union-attr]
     streaming = [
         e.score[h]  # type: ignore[index]
         for e in plan.sections[0].entries
         for h in (e.decision or {}).get("streaming", ())
     ]
-    assert sorted(streaming) == errors[:4]
+    assert sorted(streaming) == errors[:2]
 
 
 @pytest.mark.slow
@@ -225,12 +244,12 @@ def test_gradients_equal_the_twin() -> None:
 
 def test_without_a_plan_it_says_how_to_make_one() -> None:
     with torch.no_grad(), pytest.raises(Exception, match=r"needs a plan: plan = effopt\.calibrate"):
-        compiled(model_of("llama"), passes=NAME)(**batch())
+        compiled(small("llama"), passes=NAME)(**batch())
 
 
 def test_batches_that_are_too_short_are_an_error() -> None:
     with pytest.raises(Exception, match=r"must be longer than sink \+ recent, 68 tokens"):
-        effopt.calibrate(model_of("llama"), [batch()], NAME)
+        effopt.calibrate(small("llama"), [batch()], NAME)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +350,7 @@ def test_choices_for_tuning() -> None:
             return PassResult()
 
     with torch.no_grad():
-        compiled(model_of("llama"), passes=Asked(sink=2, recent=5))(**batch())
+        compiled(small("llama"), passes=Asked(sink=2, recent=5))(**batch())
     assert [d["streaming"] for d in found[0]["model.layers.1"]] == [[0, 1], [1], [0]]
 
 
