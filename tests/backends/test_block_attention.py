@@ -236,6 +236,8 @@ def test_other_devices_and_ranks() -> None:
         (4096, {"is_causal": True, "softcap": 5.0}, "blocks"),
         (16, {"low": -3, "high": 0}, "sdpa"),
         (4096, {"low": -255, "high": 0, "anchors": 4}, "blocks"),
+        (256, {"high": 0, "bias": torch.empty(1, 8, 1, 256, device="meta")}, "sdpa-with-bias"),
+        (2048, {"high": 0, "bias": torch.empty(1, 8, 1, 2048, device="meta")}, "blocks"),
         (4096, {"high": 0, "prefix": 4000}, "sdpa"),
         (1, {"high": 4095}, "sdpa"),
         (1, {"mask": torch.zeros(1, 1, 1, 8192, dtype=torch.bool, device="meta")}, "blocks"),
