@@ -4,7 +4,7 @@
     python benchmarks/attention.py --write docs/attention.md --sizes 2048 8192 --head-sizes 64 --from FILE
 
 Prefill, causal, windowed (with anchors too), with a prefix, chunked and packed (documents in a row, limits as
-as values), t from 1k to 8k; and a decode step, one query over a static cache of t keys, a quarter written.
+values), t from 1k to 8k; and a decode step, one query over a static cache of t keys, a quarter written.
 Versions: `blocks`, the lowering that computes keys which blocks of queries reach; `sdpa, dense mask`, given
 the boolean mask ready made; `sdpa, is_causal`, for a causal mask; with `--flex`, FlexAttention compiled by
 Inductor with a block mask ready made. Versions are compared with the op's reference first (at 1k), and then

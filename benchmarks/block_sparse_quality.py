@@ -106,7 +106,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| `{row['passes']}` | {row['density']:.3f} | {row['scoring']:.3f} "
             f"| {bits['value']:.4f} [{bits['low']:.4f}, {bits['high']:.4f}] "
-            f"| {kl['value']:.5f} | {agreed['value']:.4f} |"
+            f"| {max(kl['value'], 0.0):.5f} | {agreed['value']:.4f} |"
         )
     return "\n".join(lines)
 

@@ -211,7 +211,7 @@ def test_made_up_operands() -> None:
 
 
 class Attention(torch.nn.Module):
-    """Soft-capped, so that `blocks` and the reference compete."""
+    """Plain, so that the library kernel and the reference compete."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +255,10 @@ def test_a_graph_is_measured_and_says_so(
     assert again.lowerings == report.lowerings
 
 
-def test_symbols_are_measured_at_their_hints(own_folder: Path, races: list[list[str]]) -> None:
+def test_symbols_are_measured_at_their_hints(
+    own_folder: Path, races: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("effopt.backends.base.NEAR", 1e9)
     model = Attention()
     for length in (6, 7):
         x = torch.randn(length, 8)
@@ -263,8 +266,9 @@ def test_symbols_are_measured_at_their_hints(own_folder: Path, races: list[list[
         with torch.no_grad(), effopt.record() as report:
             got = torch.compile(model, backend="effopt", options={"lowering": "measured"})(x)
         torch.testing.assert_close(got, model(x), rtol=1e-5, atol=1e-5)
-    assert all(json.loads(json.loads(p.read_text())["question"])["op"] for p in own_folder.iterdir())
     assert report.graphs == []
+    assert races
+    assert any("6" in p.read_text() for p in own_folder.iterdir())
 
 
 def test_blocks_are_candidates() -> None:

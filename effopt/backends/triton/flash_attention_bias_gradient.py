@@ -2,7 +2,7 @@
 
 A program owns one tile of the bias and walks over all that the tile was added to: batch entries and heads
 where the bias has one for all, and the tiles of rows or keys where it has one row or one key. It computes the
-scores' gradient there as the other backward kernels do, and sums. Two products of a tile more than they, and
+scores' gradient there as the other backward kernels do, and sums. Two products of a tile, beside theirs, and
 paid only where the bias wants a gradient; no scores `[b, h, t, s]` are written, no atomics, and the bits
 repeat. Tiles outside the band are passed over.
 

@@ -16,7 +16,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import effopt.backends.triton
 from effopt.backends.triton import (
     attention_gradients,
     attention_tiles,
@@ -207,6 +210,11 @@ def attention_cases() -> Iterator[Case]:
     streamed = {n: v for n, v in options.items() if n != "types"} | {"REQUESTS": 64}
     yield f"{name}-stream-k", stream_k_attention.stream_k_kernel, dtype, streamed
     yield "attention-merge", decode_attention.merge_parts_kernel, "bf16", merge
+    lines = {n: v for n, v in merge.items() if n != "num_warps"} | {"VALUE_HEAD": 128, "REQUESTS": 64}
+    lines |= {"MERGED": stream_k_attention.MERGED_ROWS, "ROWS": options["ROWS"]}
+    yield "attention-merge lines", stream_k_attention.merge_lines_kernel, "bf16", lines
+    extents = {"MASK_OVER_KEYS": True, "KEYS": options["KEYS"], "QUERIES": 16}
+    yield "attention-extents", stream_k_attention.extents_kernel, "bf16", extents
 
 
 def attention_gradient_cases() -> Iterator[Case]:
@@ -215,6 +223,9 @@ def attention_gradient_cases() -> Iterator[Case]:
         yield attention_case("bf16", 4096, 128, "window", of=of)
     yield attention_case("bf16", 4096, 128, "bias, filled", of="bias")
     yield attention_case("bf16", 4096, 64, "dropout", of="key")
+    rows = {"VALUE_HEAD": 128, "BLOCK_DV": 128, "ROWS": flash_attention_backward.DELTA_ROWS}
+    delta = {**rows, "types": {"p_delta": "*fp32", "p_grad_lse": "*fp32"}}
+    yield "attention-delta", flash_attention_backward.delta_kernel, "bf16", delta
 
 
 def more_attention_gradient_cases() -> Iterator[Case]:
@@ -360,7 +371,19 @@ def compile_case(name: str) -> list[dict[str, Any]]:
     return facts
 
 
+def kernels_without_a_case() -> set[str]:
+    """Kernels of effopt that nothing here compiles."""
+    package = effopt.backends.triton
+    modules = (import_module(m.name) for m in iter_modules(package.__path__, f"{package.__name__}."))
+    kernels = {k for module in modules for k in vars(module).items() if k[0].endswith("_kernel")}
+    compiled = {case[1] for case in CASES.values()}
+    return {name for name, kernel in kernels if kernel not in compiled}
+
+
 def main() -> None:
+    missing = kernels_without_a_case()
+    if missing:
+        raise SystemExit(f"no case compiles {', '.join(sorted(missing))}")
     words = sys.argv[1:]
     names = [
         name for name in CASES if all(word in name for word in words) and (words or name not in MORE_CASES)

@@ -96,7 +96,8 @@ def test_one_plan_for_all_graphs() -> None:
 def test_factor_one_changes_nothing() -> None:
     with torch.no_grad():
         out, report = compiled(llama(), "scale-positions{factor=1}", IDS)
-        assert torch.equal(out.logits, llama()(IDS).logits) or not report.counts["scale-positions"]
+        torch.testing.assert_close(out.logits, llama()(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert not report.counts["scale-positions"]
     assert "factor=1 changes nothing" in [r.reason for r in report.rejected]
 
 

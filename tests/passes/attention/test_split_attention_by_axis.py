@@ -48,7 +48,7 @@ def causal(at: Tensor) -> Tensor:
 @pytest.mark.parametrize("line", [row, column])
 @pytest.mark.parametrize(("t", "width"), [(63, 9), (63, 7), (100, 50), (4, 2)])
 def test_lines_of_a_grid(t: int, width: int, line: Callable[..., Tensor], is_causal: bool) -> None:
-    """Values and gradients; grouped queries; a mask of SDPA, and a bias of the lowest number."""
+    """Values, with grouped queries."""
 
     def masked(q: Tensor, k: Tensor) -> Tensor:
         at = torch.arange(t)

@@ -172,4 +172,4 @@ def test_a_rate_that_differs_between_steps_is_refused() -> None:
     _, report = run(lambda: loop(-torch.rand(6, 3, 4)), lowering="eager")
     assert report.ops["selective_scan"] == 0
     (why,) = [r.reason for r in report.rejected if r.pass_name == NAME]
-    assert "expected a step length by (b, d, t) and a rate by (d, n)" in why or "is no product" in why
+    assert "is no product" in why

@@ -82,10 +82,11 @@ def test_replaced_buffer_is_read_again() -> None:
     assert_same(got, model, x)
     model.mask = triangle()
     assert_same(got, model, x)
-    model.mask = triangle().mT
     with torch.no_grad():
+        before = model(x)
+        model.mask = triangle().triu(-2)
         wanted = model(x)
-        assert not torch.equal(wanted, got(x).new_zeros(()))
+        assert not torch.allclose(wanted, before)
         torch.testing.assert_close(got(x), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -149,7 +150,8 @@ def test_gpt_neo(training: bool) -> None:
     assert report.ops["attention"] == 2
     assert report.counts["spell-mask-buffers"] == 2
     found = [a.note for a in report.applied if a.pass_name == "recover-mask-structure"]
-    assert any("-3 .. 0" in note for note in found) or training
+    if not training:  # in training a bias that may hide a row stays
+        assert any("-3 .. 0" in note for note in found)
 
 
 @pytest.mark.parametrize(
