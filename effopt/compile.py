@@ -130,7 +130,8 @@ def effopt(
     try:
         standing = [p.name for p in pipeline if STANDS_ON in p.provides]
         again = {**(options or {}), "disable": [*parsed.disable, *standing]}
-        otherwise = torch.compile(module, backend=functools.partial(effopt, options=again, mode=mode))
+        backend = functools.partial(effopt, options=again, mode=mode)
+        otherwise = lambda: torch.compile(module, backend=backend)  # noqa: E731
         compilation = _Compilation(parsed, registry, pipeline, plans, report, otherwise, bool(listeners))
         with _oldest_uncollected():
             compiled = compilation.run(module, inputs)
@@ -168,14 +169,14 @@ class _Compilation:
         pipeline: list[Pass],
         plans: tuple[Plan, ...],
         report: GraphReport,
-        otherwise: Callable[..., Any],
+        otherwise: Callable[[], Callable[..., Any]],
         is_read: bool = True,
     ) -> None:
         self.options, self.registry, self.pipeline, self.report = options, registry, pipeline, report
         self.plans = Plans(plans, pipeline=report.pipeline)
         self.masks, self.is_read = HeldMasks(), is_read
         self.otherwise = otherwise
-        """The graph without what stands on buffers, compiled when it is first called."""
+        """Makes the graph without what stands on buffers; it is compiled when it is first called."""
         watching = observers(
             registry,
             report,

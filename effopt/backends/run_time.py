@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,14 +28,15 @@ def with_fresh_weights(compiled: Compiled, weights: DerivedWeights) -> Compiled:
     return call
 
 
-def while_masks_hold(compiled: Compiled, masks: HeldMasks, otherwise: Compiled) -> Compiled:
-    """Run `otherwise` when a buffer that the code stands on has come to hold something else."""
+def while_masks_hold(compiled: Compiled, masks: HeldMasks, otherwise: Callable[[], Compiled]) -> Compiled:
+    """Run what `otherwise` makes, once, while a buffer that the code stands on holds something else."""
     masks.forget_inputs()
     if not masks:
         return compiled
+    make = functools.cache(otherwise)
 
     def call(*inputs: Any) -> Any:
-        return (compiled if masks.hold(inputs) else otherwise)(*inputs)
+        return (compiled if masks.hold(inputs) else make())(*inputs)
 
     return call
 

@@ -207,6 +207,8 @@ class _Driver:
         inside = set(match.nodes)
         operands = [a for n in match.nodes for a in n.all_input_nodes if a not in inside]
         earliest = min(outputs)
+        if earliest.op == "placeholder":
+            return next(n for n in self.graph.nodes if n.op != "placeholder")
         if all(a < earliest for a in operands):
             return earliest
         require(

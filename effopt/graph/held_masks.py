@@ -2,7 +2,8 @@
 
 `register_buffer("bias", torch.tril(torch.ones(n, n)))` is a band of two values. What it
 holds may be written between calls, so the fact is a guard: it is looked at again whenever the buffer was
-written, replaced or is another module's, and code that stands on it runs only while it holds.
+written, replaced or is another module's, and code that stands on it runs only while it holds. Writes are
+known as autograd knows them: one through `.data`, which PyTorch does not count, is not seen.
 """
 
 from __future__ import annotations
@@ -85,39 +86,40 @@ class HeldMasks:
     inputs: Sequence[Any] = ()
     """The real inputs of the compile call."""
     _facts: dict[int, Band] = field(default_factory=dict)
-    _known: dict[int, list[State]] = field(default_factory=dict)
+    _known: dict[int, list[tuple[State, bool]]] = field(default_factory=dict)
+    """Buffers that were looked at, and whether they hold the band."""
 
     def __bool__(self) -> bool:
         return bool(self._facts)
 
-    def read(self, node: Node) -> Band | None:
-        """The band that a placeholder's buffer is; None if it is no buffer, is written, or is no band."""
+    def read(self, node: Node, position: int) -> Band | None:
+        """The band that the buffer of a placeholder holds; None if there is none to stand on."""
         dynamo = node.meta.get("tensor_dict") or {}
-        position = list(node.graph.find_nodes(op="placeholder")).index(node)
         value = self.inputs[position] if position < len(self.inputs) else None
         is_buffer = "_dynamo_static_input_type" in dynamo and not isinstance(value, torch.nn.Parameter)
         if not is_buffer or type(value) is not Tensor or value.is_inference() or value.is_sparse:
             return None
-        if position in node.graph.output_node().meta.get(MUTATED, ()):
+        if value.requires_grad or position in node.graph.output_node().meta.get(MUTATED, ()):
             return None
-        return band_of(value.detach()) if tuple(val(node).shape) == tuple(value.shape) else None
+        return band_of(value) if tuple(val(node).shape) == tuple(value.shape) else None
 
-    def stand_on(self, node: Node, band: Band) -> None:
-        """Guard a fact that `read` gave: the graph is about to be changed by it."""
-        self._facts[list(node.graph.find_nodes(op="placeholder")).index(node)] = band
+    def stand_on(self, position: int, band: Band) -> None:
+        """Guard a fact that `read` gave: the graph was changed by it."""
+        self._facts[position] = band
 
     def hold(self, inputs: Sequence[Any]) -> bool:
-        """Whether all facts hold for a call with these inputs; cheap while nothing was written."""
+        """Whether all facts hold for a call with these inputs. A tensor is read once after each write."""
         return all(self._holds(inputs[position], position, band) for position, band in self._facts.items())
 
     def _holds(self, value: Any, position: int, band: Band) -> bool:
-        states = self._known.setdefault(position, [])
-        if any(is_in_state(value, state) for state in states):
-            return True
-        if not band.holds(value.detach()):
-            return False
-        states[:] = [*(s for s in states if s[0]() is not None), state_of(value)][-_MOST_STATES:]
-        return True
+        known = self._known.setdefault(position, [])
+        for state, answer in known:
+            if is_in_state(value, state):
+                return answer
+        answer = band.holds(value)
+        others = [entry for entry in known if entry[0][0]() is not None and entry[0][0]() is not value]
+        known[:] = [*others, (state_of(value), answer)][-_MOST_STATES:]
+        return answer
 
     def forget_inputs(self) -> None:
         """After compiling: keep no tensor alive that the model has replaced."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule, Node
 
+from effopt.graph.analyses.masks import evaluate
 from effopt.graph.equivalence import (
     Unchecked,
     Wrong,
@@ -81,6 +82,8 @@ class Verify:
     def _verdict(self, pass_: Pass, match: Match, replacement: Replacement) -> str | None:
         if not pass_.exact:
             raise Unchecked("it is lossy by declaration")
+        if match.root.op == "placeholder":
+            return self._value_of_input(match, replacement)
         regions = regions_of(match, replacement)
         if regions is None:
             raise Unchecked("the operands that it adds or drops are defined by too many nodes")
@@ -103,6 +106,17 @@ class Verify:
         if len(_VERDICTS) > _MOST_VERDICTS:
             _VERDICTS.popitem(last=False)
         return reason
+
+    def _value_of_input(self, match: Match, replacement: Replacement) -> str | None:
+        """Of what stands for an input: it is what the input holds, to the bit."""
+        made = evaluate(replacement.outputs[match.root])
+        position = _placeholders([match.root]).index(match.root)
+        given = self._context.masks.inputs[position] if self._context is not None else None
+        if made is None or given is None:
+            raise Unchecked("what stands for an input is too large to compute")
+        same = torch.equal(made, given.detach().cpu())
+        self.report.checks["verified" if same else "failed"] += 1
+        return None if same else "check failed: it is not what the input holds"
 
     def _afford(self, regions: tuple[Region, Region]) -> None:
         """Raises Unchecked if a check would take too much time or memory."""

@@ -6,8 +6,9 @@
 
 Exact, and guarded: the buffer is one of two values, by column minus row, when the graph is compiled. Each
 call looks whether it was written or replaced; if it then holds something else, the graph runs as it is
-compiled without this pass. Buffers that the graph writes are left alone. No training needed. Saves nothing
-by itself: a computed mask is proved causal, or a window, where a tensor could hold anything.
+compiled without this pass. A write through `.data`, which PyTorch does not count, is not seen. Buffers that
+the graph writes or returns, that want a gradient, or that mask nothing are left alone. No training needed.
+Saves nothing by itself: a computed mask is proved causal, or a window, where a tensor could hold anything.
 
 Source: the buffer of GPT-2, Radford et al. 2019, section 2.3 (its causal mask), as models spell it.
 """
@@ -22,12 +23,20 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from effopt.graph.driver import apply_found
 from effopt.graph.held_masks import STANDS_ON, Band
-from effopt.graph.rewrite import Emit, PassResult
+from effopt.graph.normalize import is_view, view_root
+from effopt.graph.rewrite import Emit, Match, PassResult
 from effopt.graph.values import val
 from effopt.passes.base import Context, Example, GraphPass, Stage
 
 _aten = torch.ops.aten
+_READ_ON = frozenset(
+    "eq ne gt ge lt le logical_not logical_and logical_or bitwise_not _to_copy clone".split()
+)
+"""Ops through which a mask is still one."""
+_SELECTS = frozenset("where masked_fill scaled_dot_product_attention".split())
+_WEIGHS = frozenset("add sub mul".split())
 
 
 @dataclass(frozen=True)
@@ -37,22 +46,32 @@ class SpellMaskBuffers(GraphPass):
     name: ClassVar[str] = "spell-mask-buffers"
     stage: ClassVar[Stage] = Stage.CANONICALIZE
     provides: ClassVar[tuple[str, ...]] = (STANDS_ON,)
+    may_duplicate: ClassVar[bool] = True
 
     def apply(self, module: GraphModule, context: Context) -> PassResult:
         """Send the readers of each such buffer to index arithmetic of its values."""
-        result = PassResult()
-        for node in module.graph.find_nodes(op="placeholder"):
-            band = context.masks.read(node) if node.users else None
-            if band is None:
-                continue
-            context.masks.stand_on(node, band)
-            readers = list(node.users)
-            emit = Emit(module.graph, readers[0], min(readers), self.name)
-            computed = _write(emit, node, band)
-            for reader in readers:
-                reader.replace_input_with(node, computed)
-            result.apply(self.name, "arange, where", computed, f"{_text(band)}; guarded")
+        outputs = module.graph.output_node().all_input_nodes
+        returned = {view_root(node) for node in outputs}
+        found: dict[int, Match] = {}
+        for position, node in enumerate(module.graph.find_nodes(op="placeholder")):
+            if node not in returned and _masks_something(node):
+                band = context.masks.read(node, position)
+                found |= {} if band is None else {position: Match(node, (), {"band": band})}
+        result = apply_found(self, module, list(found.values()), context.approve)
+        for position, match in found.items():
+            if not match.root.users:
+                context.masks.stand_on(position, match.band)
         return result
+
+    def legal(self, m: Match) -> None:
+        """All that was found."""
+
+    def outputs(self, m: Match) -> tuple[Node, ...]:
+        return (m.root,)
+
+    def rewrite(self, emit: Emit, m: Match) -> Node:
+        emit.note = f"{_text(m.band)}; guarded"
+        return _write(emit, m.root, m.band)
 
     def samples(self) -> Iterable[Example]:
         x = torch.randn(2, 5, 8)
@@ -68,8 +87,23 @@ class SpellMaskBuffers(GraphPass):
         yield Example(_Masked(gap), (x,))
         yield Example(_Masked(torch.ones(9, 9).tril() + torch.eye(9)), (x,))
         yield Example(_Masked(torch.ones(9, 9)), (x,))
+        weights = _Masked(torch.ones(9, 9).tril())
+        weights.forward = lambda x: x @ weights.mask[:8, :8]  # type: ignore[method-assign, index]
+        yield Example(weights, (x,))
         given = torch.ones(5, 5, dtype=torch.bool).tril()
         yield Example(lambda x, m: (x @ x.mT).masked_fill(~m, -1e9).softmax(-1) @ x, (x, given))
+
+
+def _masks_something(node: Node) -> bool:
+    """Whether a buffer selects among values, or weighs values that are computed, unlike a weight."""
+    for user in node.users:
+        name = getattr(getattr(user.target, "overloadpacket", None), "__name__", "")
+        computed = any(a.op == "call_function" for a in user.all_input_nodes if a is not node)
+        if name in _SELECTS or (name in _WEIGHS and computed):
+            return True
+        if (is_view(user) or name in _READ_ON) and _masks_something(user):
+            return True
+    return False
 
 
 def _text(band: Band) -> str:

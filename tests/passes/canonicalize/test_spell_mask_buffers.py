@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from effopt.compile import record
+from effopt.graph import held_masks
 from effopt.graph.held_masks import band_of
 
 N = 12
@@ -120,6 +121,84 @@ def test_buffer_that_the_model_writes_stays() -> None:
     with record() as report:
         assert_same(compiled(model), model, x)
     assert report.counts["spell-mask-buffers"] == 0
+
+
+def left_alone(model: nn.Module, x: Tensor) -> None:
+    """Compiled, right, and without the pass."""
+    with record() as report:
+        got, wanted = compiled(model)(x), model(x)
+    torch.testing.assert_close(got, wanted)
+    assert report.counts["spell-mask-buffers"] == 0
+    assert not report.faults
+
+
+def test_buffer_that_the_model_returns_a_view_of_stays() -> None:
+    class Returning(Attending):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), self.mask[0, 0, :3, :3]  # type: ignore[index]
+
+    left_alone(Returning(triangle()).eval().requires_grad_(False), torch.randn(2, 7, 8))
+
+
+def test_buffer_that_wants_a_gradient_keeps_it() -> None:
+    class Weighing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weigh", torch.ones(8, 8).tril().requires_grad_())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.mT * self.weigh).sum()  # type: ignore[no-any-return]
+
+    model, x = Weighing(), torch.randn(8, 8)
+    compiled(model)(x).backward()
+    torch.testing.assert_close(model.weigh.grad, x @ x.mT)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, mask, weight: x @ mask,
+        lambda x, mask, weight: x @ (mask * weight),
+        lambda x, mask, weight: mask[:, :3].sum() + x,
+    ],
+    ids=["matrix", "masked weight", "sum"],
+)
+def test_buffer_that_masks_nothing_stays(use: Any) -> None:
+    class Using(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.ones(8, 8).tril())
+            self.weight = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Any:
+            return use(x, self.mask, self.weight)
+
+    left_alone(Using(), torch.randn(4, 8))
+
+
+def test_fuel_counts_it() -> None:
+    model, x = Attending(triangle()), torch.randn(2, 7, 8)
+    with record() as report:
+        assert_same(compiled(model, fuel=0), model, x)
+    assert report.counts["spell-mask-buffers"] == 0
+    assert any("out of fuel" in r.reason for r in report.rejected if r.pass_name == "spell-mask-buffers")
+
+
+def test_a_buffer_is_compared_once_after_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the answer is."""
+    looked: list[Any] = []
+    original = held_masks.Band.holds
+    monkeypatch.setattr(held_masks.Band, "holds", lambda band, x: looked.append(x) or original(band, x))
+    model, x = Attending(triangle()), torch.randn(2, 7, 8)
+    got = compiled(model)
+    for change in (lambda m: None, lambda m: m[..., 5, 2].zero_(), lambda m: m.copy_(triangle())):
+        with torch.no_grad():
+            change(model.mask)
+            got(x)
+            looked.clear()
+            for _ in range(5):
+                assert_same(got, model, x)
+        assert not looked
 
 
 def test_input_that_happens_to_be_a_triangle_stays() -> None:
