@@ -67,6 +67,10 @@ def _supports(target: Target, operands: Operands) -> str | None:
         return "the CPU kernel has no soft-cap and no sinks"
     if query.dtype not in _DTYPES:
         return f"the CPU kernel has no {query.dtype}"
+    sizes = (*query.shape, *operands["key"].shape)
+    if not all(statically_known_true(size > 0) for size in sizes):
+        # torch 2.13 divides by the sizes: the process dies. SDPA itself never calls it so.
+        return "a size that is 0, or may be: the CPU kernel takes none"
     if not statically_known_true(query.shape[-1] == value.shape[-1]):
         return f"the CPU kernel wants equal head sizes, got {query.shape[-1]} and {value.shape[-1]}"
     masked = ("bias", "mask", "low", "high", "query_ids")

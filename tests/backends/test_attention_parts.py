@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from effopt.backends.attention_parts import flash_lse
+from effopt.backends.attention_parts import LOWERINGS, flash_lse
 from effopt.graph import ops
+from effopt.target import target_of
 
 INF = float("inf")
 attention_lse, merge = ops.attention_lse.reference, ops.merge_attention.reference
@@ -97,3 +98,26 @@ def test_sinks_belong_to_one_part() -> None:
     one = attention_lse(q, k[:, :, :5], v[:, :, :5], scale=0.3, sinks=sinks)
     both = merge(*one, *attention_lse(q, k[:, :, 5:], v[:, :, 5:], scale=0.3))
     torch.testing.assert_close(both[0], ops.attention.reference(q, k, v, scale=0.3, sinks=sinks))
+
+
+@pytest.mark.parametrize(("t", "s"), [(0, 5), (5, 0), (0, 0)])
+def test_sizes_of_zero_are_not_for_the_library_kernel(t: int, s: int) -> None:
+    """It divides by them, and the process dies (torch 2.13)."""
+    (lowering,) = LOWERINGS
+    said = lowering.supports(
+        target_of(torch.device("cpu")), ops.attention_lse.bind(heads(t, s), {"scale": 0.3})
+    )
+    assert said is not None
+    assert "a size that is 0" in said
+
+
+def test_an_empty_part_after_a_shared_prefix() -> None:
+    def over_prefix(q: Tensor, prefix: Tensor, own: Tensor) -> Tensor:
+        k = torch.cat([prefix.expand(q.shape[0], -1, -1, -1), own], dim=2)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, k)
+
+    torch._dynamo.reset()
+    q, prefix, own = torch.randn(8, 4, 1, 16), torch.randn(1, 4, 200, 16), torch.randn(8, 4, 0, 16)
+    with torch.no_grad():
+        got = torch.compile(over_prefix, backend="effopt")(q, prefix, own)
+        torch.testing.assert_close(got, over_prefix(q, prefix, own), rtol=1e-5, atol=1e-5)
