@@ -23,6 +23,7 @@ from torch import Tensor
 from effopt.backends.base import Lowering
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands
+from effopt.graph.ops.selective_scan import check_shapes
 from effopt.target import Target
 
 _CHUNK_BYTES = 2**19
@@ -71,7 +72,7 @@ def _scan(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, the last state, and the state before each chunk."""
-    _check(u, delta, a, b, c, start)
+    check_shapes(u, delta, a, b, c, start)
     batch, d, t = u.shape
     accumulate = torch.promote_types(u.dtype, torch.float32)
     rates = a.to(accumulate)
@@ -89,7 +90,7 @@ def _scan(
 
 @_scan.register_fake
 def _(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y, last = ops.selective_scan.fake(u, delta, a, b, c)
+    y, last = ops.selective_scan.fake(u, delta, a, b, c, start)
     steps = _steps(last)
     return y, last, last.new_empty(((u.shape[2] + steps - 1) // steps, *last.shape))
 
@@ -167,22 +168,6 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _:
 
 
 _scan.register_autograd(_differentiate, setup_context=_save)
-
-
-def _check(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor | None) -> None:
-    batch, d, t = u.shape
-    n = a.shape[-1]
-    wanted = {
-        "delta": (delta, (batch, d, t)),
-        "a": (a, (d, n)),
-        "b": (b, (batch, n, t)),
-        "c": (c, (batch, n, t)),
-    }
-    for name, (x, shape) in wanted.items():
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
-    if start is not None and tuple(start.shape) != (batch, d, n):
-        raise ValueError(f"start: expected {[batch, d, n]}, got {list(start.shape)}")
 
 
 def chunked_scan(

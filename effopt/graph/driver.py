@@ -95,12 +95,31 @@ def apply_found(
 ) -> PassResult:
     """Apply `rule` to the `matches` that are legal; for what no pattern can say. Else as `apply_rewrite`."""
     driver = _Driver(rule, module.graph, None, approve)
-    # Users before their operands: what a match reads is still the node that it found.
-    for match in sorted(matches, key=lambda m: m.root, reverse=True):
+    for match in _readers_first(sorted(matches, key=lambda m: m.root, reverse=True)):
         driver.take(match)
     if driver.needs_sort:
         dataflow.sort_topologically(module.graph)
     return driver.result
+
+
+def _readers_first(matches: Sequence[Match]) -> list[Match]:
+    """Each match after those that read what it gives: what they read is still the node that they found."""
+    owners = {node: i for i, match in enumerate(matches) for node in match.nodes}
+    readers: list[list[int]] = [[] for _ in matches]
+    for i, match in enumerate(matches):
+        read = {owners[a] for node in match.nodes for a in node.all_input_nodes if a in owners}
+        for j in sorted(read - {i}):
+            readers[j].append(i)
+    order: dict[int, None] = {}
+    waiting, opened = list(range(len(matches)))[::-1], set[int]()
+    while waiting:
+        i = waiting[-1]
+        ahead = [] if i in opened else [j for j in readers[i] if j not in opened]
+        opened.add(i)
+        waiting.extend(ahead)
+        if not ahead:
+            order[waiting.pop()] = None
+    return [matches[i] for i in order]
 
 
 class _Driver:
@@ -203,7 +222,7 @@ class _Driver:
                     require(user in inside, f"{node.name} inside the match is also used by {user.name}", node)
 
     def _place(self, match: Match, outputs: tuple[Node, ...]) -> Node:
-        """Before the earliest output if every operand is ready there, else before the root."""
+        """Before the earliest output if every operand is ready there, else before the last."""
         inside = set(match.nodes)
         operands = [a for n in match.nodes for a in n.all_input_nodes if a not in inside]
         earliest = min(outputs)
@@ -216,7 +235,7 @@ class _Driver:
             "another path leaves the match and comes back into it",
             match.root,
         )
-        return match.root
+        return max(*outputs, match.root)
 
     @staticmethod
     def _check_values(replacement: Replacement) -> None:

@@ -31,10 +31,11 @@ from effopt.graph.analyses.factors import (
     peeled,
     sizes_of,
     told,
+    widens,
 )
-from effopt.graph.analyses.lockstep import Along, Series, State, leaves
+from effopt.graph.analyses.lockstep import Along, Apply, Series, State, leaves
 from effopt.graph.analyses.recurrences import Recurrence
-from effopt.graph.rewrite import Emit, Reject, require
+from effopt.graph.rewrite import Emit, require
 from effopt.graph.values import is_floating, shape_of, val
 
 _aten = torch.ops.aten
@@ -74,6 +75,7 @@ def read(found: Recurrence) -> Scan:
     a, delta = _rates(decay, found.last)
     u, b = _inputs(found.added, delta, found.last)
     axes, c = _readout(output.series, found.last)
+    _require_unrounded(output.series, val(output.collected.node).dtype, found.last)
     at = output.collected.axis
     require(c is not None, "its read-out is not a sum over the state", found.last)
     if output.collected.keeps_axis:
@@ -83,18 +85,26 @@ def read(found: Recurrence) -> Scan:
     is_known = sorted(map(str, axes)) == sorted(_SEQUENCE)
     require(is_known, f"its outputs have axes {told(axes)}", output.collected.node)
     assert c is not None
-    for operand in (u, delta, a, b, c):
-        require(
-            is_floating(operand.node), f"{operand.node.name} is not a real floating-point tensor", found.last
-        )
+    _require_operands(found, (u, delta, a, b, c, Operand(output.collected.node, axes)))
     return Scan(u, delta, a, b, c, axes, backwards)
+
+
+def _require_operands(found: Recurrence, operands: Sequence[Operand]) -> None:
+    """Each is floating-point, and as long along each axis as the state is: nothing is broadcast."""
+    sizes: dict[Any, Any] = dict(zip(_STATE, shape_of(found.last), strict=True)) | {"t": found.steps}
+    for operand in operands:
+        name = operand.node.name
+        require(is_floating(operand.node), f"{name} is not a real floating-point tensor", found.last)
+        for axis, size in zip(operand.axes, shape_of(operand.node), strict=True):
+            words = f"{name} has {size} of {sizes[axis]} along {axis}: it is broadcast"
+            require(statically_known_true(size == sizes[axis]), words, found.last)
 
 
 def covered(found: Recurrence) -> tuple[Node, ...]:
     """Every call that a scan takes the place of: the loop, and the products that its steps read parts of."""
     try:
         scan = read(found)
-    except Reject:
+    except Exception:  # noqa: BLE001 - whoever rewrites reads it too, and tells why it cannot be
         return found.nodes
     operands = {operand.node for operand in (scan.u, scan.delta, scan.a, scan.b, scan.c)}
     nodes, waiting = set(found.nodes), list(found.sources)
@@ -109,14 +119,16 @@ def covered(found: Recurrence) -> tuple[Node, ...]:
 def write(emit: Emit, found: Recurrence, scan: Scan) -> tuple[Node, Node]:
     """Emit the scan: what was collected, and the last state, in the dtypes and layouts that they had."""
     collected, output = found.outputs[0].collected.node, found.outputs[0]
-    wanted = val(collected).dtype
+    wanted, state = val(collected).dtype, val(found.last).dtype
     operands = [(scan.u, _SEQUENCE), (scan.delta, _SEQUENCE), (scan.a, _RATES), (scan.b, _PROJECTION),
                 (scan.c, _PROJECTION)]  # fmt: skip
     given = [_arranged(emit, operand, order, scan.backwards) for operand, order in operands]
-    given[0] = _cast(emit, given[0], torch.promote_types(val(given[0]).dtype, wanted))
+    dtype = torch.promote_types(val(given[0]).dtype, wanted)
+    # The op computes in the dtype of `u`, or float32: a wider state is scanned as wide as it was.
+    given[0] = _cast(emit, given[0], state if state == torch.float64 else dtype)
     result = emit(ops.selective_scan, *given, *(() if found.start is None else (found.start,)))
     y = _cast(emit, emit(operator.getitem, result, 0), wanted)
-    last = _cast(emit, emit(operator.getitem, result, 1), val(found.last).dtype)
+    last = _cast(emit, emit(operator.getitem, result, 1), state)
     y = emit(_aten.flip.default, y, [2]) if output.reverse else y
     y = _permuted(emit, y, _SEQUENCE, scan.y)
     if val(y).stride() != val(collected).stride():
@@ -138,7 +150,7 @@ def _direction(found: Recurrence, series: Sequence[Series]) -> bool:
 
 def _rates(decay: Series, where: Node) -> tuple[Operand, Operand]:
     """`a` and `delta` of `exp(delta * a)`."""
-    value, axes = peeled(decay, _STATE)
+    value, axes = peeled(decay, aligned(_STATE, decay, where))
     call = call_of(value)
     require(call is not None and call[0] is _aten.exp.default, "its decay is not an exponential", where)
     assert call is not None
@@ -154,7 +166,7 @@ def _rates(decay: Series, where: Node) -> tuple[Operand, Operand]:
 
 def _inputs(added: Series, delta: Operand, where: Node) -> tuple[Operand, Operand]:
     """`u` and `b` of `delta * u * b`."""
-    found = factors(added, _STATE, _WHOLE, where)
+    found = factors(added, aligned(_STATE, added, where), _WHOLE, where)
     of_input = [f for f in found if set(f.axes) == set(_SEQUENCE)]
     rest = [f for f in found if f not in of_input]
     if len(of_input) == 1 and of_input[0] != delta:
@@ -207,14 +219,30 @@ def _readout(series: Any, where: Node) -> tuple[Axes, Operand | None]:
     return tuple(axes[i] for i in order), c
 
 
+def _require_unrounded(series: Series, kept: torch.dtype, where: Node) -> None:
+    """No cast of a state, or of what is made of it, loses more than the dtype of what is collected does."""
+    if not isinstance(series, Apply):
+        return
+    if series.target is _aten._to_copy.default:
+        cast = series.nodes[0]
+        fits = widens(cast, cast.args[0]) or (val(cast).dtype == kept and kept.is_floating_point)
+        require(fits, f"its read-out is rounded to {val(cast).dtype}", where)
+    for value in call_of(series)[1]:  # type: ignore[index]
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if _reads_state(item):
+                _require_unrounded(item, kept, where)
+
+
 def _matrix_product(args: Sequence[Any], where: Node) -> tuple[Axes, Operand | None]:
     has_state = [_reads_state(x) for x in args[:2]]
     require(has_state.count(True) == 1, "its read-out multiplies states", where)
     at = has_state.index(True)
     axes, c = _readout(args[at], where)
-    require(c is None and len(axes) == 3, f"its read-out multiplies {told(axes)} as a matrix", where)
+    is_batch = c is None and len(axes) == 3 and axes[0] == "b"
+    require(is_batch, f"its read-out multiplies {told(axes)} as a matrix", where)
     summed, kept = (axes[2], axes[1]) if at == 0 else (axes[1], axes[2])
-    is_sum = summed == "n" and len(sizes_of(args[1 - at])) == 3 and sizes_of(args[1 - at])[2 - at * 1] == 1
+    sizes = sizes_of(args[1 - at])
+    is_sum = summed == "n" and len(sizes) == 3 and statically_known_true(sizes[2 - at] == 1)
     require(is_sum, f"its read-out is a product over {summed}, not one sum over n", where)
     wanted: Axes = ("b", "n", None) if at == 0 else ("b", None, "n")
     read = _operand(args[1 - at], wanted, where)
@@ -222,7 +250,8 @@ def _matrix_product(args: Sequence[Any], where: Node) -> tuple[Axes, Operand | N
 
 
 def _sum(args: Sequence[Any], where: Node) -> tuple[Axes, Operand | None]:
-    summand, dims, keep, *_ = args
+    summand, dims, keep, dtype = args
+    require(dtype is None, f"its read-out sums in {dtype}", where)
     call = call_of(summand)
     require(call is not None and call[0] is _aten.mul.Tensor, "its read-out sums something else", where)
     assert call is not None
@@ -230,6 +259,9 @@ def _sum(args: Sequence[Any], where: Node) -> tuple[Axes, Operand | None]:
     require(has_state.count(True) == 1, "its read-out multiplies states", where)
     at = has_state.index(True)
     axes, c = _readout(call[1][at], where)
+    own, made = _sizes(call[1][at], where), sizes_of(summand)
+    is_own = len(own) == len(made) and all(map(statically_known_true, map(operator.eq, own, made)))
+    require(is_own, f"its read-out broadcasts its state, {list(own)}, to {list(made)}", where)
     dim = axes.index("n") if "n" in axes else -1
     is_sum = c is None and [d % len(axes) for d in dims or ()] == [dim]
     require(is_sum, f"its read-out sums over {dims}, not over n", where)
@@ -248,14 +280,17 @@ def _einsum(equation: str, operands: Sequence[Any], where: Node) -> tuple[Axes, 
     assert words is not None
     at = has_state.index(True)
     axes, c = _readout(operands[at], where)
-    sizes = shape_of(where) if isinstance(operands[at], State) else sizes_of(operands[at])
-    known = dict(zip(words[0][at], zip(axes, sizes, strict=True), strict=True))
+    known = dict(zip(words[0][at], zip(axes, _sizes(operands[at], where), strict=True), strict=True))
     other = words[0][1 - at]
     summed = [known[x][0] for x in known if x not in words[1]]
     is_sum = c is None and summed == ["n"] and not set(other) - set(known)
     require(is_sum, f"its read-out is {equation}, not one sum over n", where)
     read = _operand(operands[1 - at], by_letter(operands[1 - at], other, known), where)
     return tuple(known[x][0] for x in words[1]), read
+
+
+def _sizes(value: Any, where: Node) -> tuple[Any, ...]:
+    return shape_of(where) if isinstance(value, State) else sizes_of(value)
 
 
 def _reads_state(value: Any) -> bool:

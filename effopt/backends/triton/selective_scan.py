@@ -30,6 +30,7 @@ from effopt.backends.base import Lowering
 from effopt.backends.triton.rows import LAUNCH_S, check_floating, launch, refusal
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands
+from effopt.graph.ops.selective_scan import check_shapes
 from effopt.target import Target
 
 CHUNK = 32
@@ -227,7 +228,7 @@ def _scan_backward(
 
 @_scan.register_fake
 def _(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y, last = ops.selective_scan.fake(u, delta, a, b, c)
+    y, last = ops.selective_scan.fake(u, delta, a, b, c, start)
     return y, last, last.new_empty(((u.shape[2] + CHUNK - 1) // CHUNK, *last.shape))
 
 
@@ -268,17 +269,8 @@ def selective_scan(
 
 
 def _check(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor | None) -> None:
-    (batch, d, t), n = u.shape, a.shape[-1]
-    wanted = [
-        ("delta", delta, (batch, d, t)),
-        ("a", a, (d, n)),
-        ("b", b, (batch, n, t)),
-        ("c", c, (batch, n, t)),
-    ]
-    wanted += [] if start is None else [("start", start, (batch, d, n))]
-    for name, x, shape in wanted:
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
+    check_shapes(u, delta, a, b, c, start)
+    n = a.shape[-1]
     if n > MAX_STATE:
         raise ValueError(f"a: expected at most {MAX_STATE} numbers of state, got {n}")
 

@@ -102,7 +102,7 @@ def _below(value: Any, axes: Axes) -> tuple[Any, Axes] | None:
     if target is _aten.unsqueeze.default:
         dim = args[1] % len(axes)
         return args[0], (*axes[:dim], *axes[dim + 1 :])
-    if target in COPIES or (target is _aten._to_copy.default and _widens(value, args[0])):
+    if target in COPIES or (target is _aten._to_copy.default and widens(value, args[0])):
         return args[0], axes
     if target is _aten.expand.default:
         return args[0], aligned(axes, args[0], value)
@@ -124,9 +124,13 @@ def order_of(target: Any, args: Sequence[Any], rank: int) -> list[int] | None:
     return order[::-1] if target is _aten.t.default else None
 
 
-def _widens(node: Any, source: Any) -> bool:
+def widens(node: Any, source: Any) -> bool:
+    """Whether a cast is of a floating-point dtype to one as fine and as wide, or more so."""
     new, old = _dtype(node), _dtype(source)
-    return bool(new.is_floating_point and old.is_floating_point and torch.promote_types(new, old) == new)
+    if not (new.is_floating_point and old.is_floating_point):
+        return False
+    wide, narrow = torch.finfo(new), torch.finfo(old)
+    return wide.eps <= narrow.eps and wide.max >= narrow.max and wide.tiny <= narrow.tiny
 
 
 def aligned(axes: Axes, operand: Any, result: Any) -> Axes:

@@ -32,7 +32,8 @@ _DEEPEST = 32  # calls on top of each other in one step; those of known models h
 class Same:
     """A value that every step reads."""
 
-    node: Node
+    node: Any
+    """A node; or a number, equal in type and value in all steps."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,10 @@ def _of_several(node: Node) -> Part | None:
 
 
 def leaves(series: Series) -> Iterator[Same | Along | State]:
-    """The values that a series is made of, outermost first."""
+    """The values that a series is made of, outermost first; numbers left out."""
     if not isinstance(series, Apply):
-        yield series
+        if not isinstance(series, Same) or isinstance(series.node, Node):
+            yield series
         return
     for value in (*series.args, *series.kwargs.values()):
         for item in value if isinstance(value, (list, tuple)) else (value,):
@@ -144,14 +146,16 @@ class Lockstep:
     def series(self, nodes: Sequence[Any], depth: int = 0) -> Series:
         """What `nodes`, one of each step, have in common. Raises `Reject`."""
         key = tuple(nodes)
+        if key == self._states:
+            return State()
+        if not all(isinstance(node, Node) for node in key):
+            return Same(self._argument(key, depth))  # not remembered: as keys, 1, 1.0 and True are equal
         if key not in self._known:
             self._known[key] = self._read(key, depth)
         return self._known[key]
 
-    def _read(self, nodes: tuple[Any, ...], depth: int) -> Series:
+    def _read(self, nodes: tuple[Node, ...], depth: int) -> Series:
         first = nodes[0]
-        if nodes == self._states:
-            return State()
         if all(node is first for node in nodes):
             return Same(first)
         require(depth < _DEEPEST, f"its steps are more than {_DEEPEST} calls deep", first)

@@ -4,8 +4,9 @@
 
 Dynamo unrolls a Python loop: step t reads `a`, `u` and `c` at position t. Proved of every step: that it is
 the same as the others, that positions follow one another, that nothing but the next step and the read-out
-reads a state, and that no operand depends on one. The last state may be read by anyone. Linear in nodes.
-Looks only. Exact: nothing is assumed.
+reads a state, and that no operand depends on one. The last state may be read by anyone. Linear in nodes:
+what can be a step is walked over once for each form, and compared by its neighbours' signatures, which are
+computed once a node. Looks only. Exact: nothing is assumed.
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ def recurrences(graph: Graph) -> Found:
             # A sum of many things, such as a residual stream, is no loop that failed.
             if lockstep.has_parts and why.reason:
                 misses.append(Reject(why.reason, why.node or chain[-1].node))
+        except Exception as error:  # noqa: BLE001 - a fault in reading one loop: told there, the others go on
+            misses.append(Reject(f"it cannot be read: {type(error).__name__}: {error}", chain[-1].node))
     misses.extend(_nonlinear(steps))
     return Found(tuple(sorted(found, key=lambda r: r.last)), tuple(misses))
 
@@ -142,16 +145,22 @@ def _chains(steps: _Steps) -> Iterator[list[_Step]]:
         for node, step in by_node.items():
             length[form, node] = 1 + length.get((form, step.previous), 0)
     taken: set[Node] = set()
+    walked: set[tuple[Hashable, Node]] = set()
+    signatures = _Signatures()
     for form, end in sorted(length, key=lambda key: -length[key]):
         if length[form, end] < 2:
             break
         chain: list[_Step] = []
         before: Any = end
-        while (found := steps[form].get(before)) is not None and before not in taken:
+        # From the furthest end down: what a longer chain went over is not gone over again.
+        while before not in taken and (form, before) not in walked:
+            found = steps[form].get(before)
+            if found is None:
+                break
+            walked.add((form, before))
             chain.append(found)
             before = found.previous
-        alike = _longest_run(chain[::-1])
-        if len(alike) >= 2:
+        for alike in _runs(chain[::-1], signatures):
             taken.update(step.node for step in alike)
             yield alike
 
@@ -177,24 +186,37 @@ def _reads_part(value: Any, depth: int = _SIGNATURE_DEPTH) -> bool:
     return is_part or any(_reads_part(operand, depth - 1) for operand in operands)
 
 
-def _longest_run(chain: Sequence[_Step]) -> list[_Step]:
-    """The most steps one after the other whose operands are made alike.
+def _runs(chain: Sequence[_Step], signatures: _Signatures) -> Iterator[list[_Step]]:
+    """Two steps or more, one after the other, whose operands are made alike.
 
     A scaling before a loop, or after it, has the form of a step.
     """
-    runs = itertools.groupby(chain, key=lambda s: (_signature(s.decay), _signature(s.added)))
-    return max((list(run) for _, run in runs), key=len, default=[])
+    runs = itertools.groupby(chain, key=lambda s: (signatures.of(s.decay), signatures.of(s.added)))
+    yield from (steps for _, run in runs if len(steps := list(run)) >= 2)
 
 
-def _signature(value: Any, depth: int = _SIGNATURE_DEPTH) -> Hashable:
-    """What is alike in all steps of a loop and cheap to see."""
-    if not isinstance(value, Node) or value.op != "call_function":
-        return value if isinstance(value, Node) else str(type(value))
-    part = part_at(value)
-    if part is not None:
-        return part.axis, part.keeps_axis, _signature(part.base, depth - 1) if depth else None
-    operands = value.all_input_nodes if depth else []
-    return value.target, *(_signature(operand, depth - 1) for operand in operands)
+class _Signatures:
+    """What is alike in all steps of a loop and cheap to see. Looks at a node once for each depth."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+        self._known: dict[tuple[Node, int], int] = {}
+
+    def of(self, value: Any, depth: int = _SIGNATURE_DEPTH) -> Hashable:
+        """A leaf itself, and a number for calls that are alike."""
+        if not isinstance(value, Node) or value.op != "call_function":
+            return value if isinstance(value, Node) else str(type(value))
+        if (value, depth) not in self._known:
+            seen = self._look(value, depth)
+            self._known[value, depth] = self._numbers.setdefault(seen, len(self._numbers))
+        return self._known[value, depth]
+
+    def _look(self, value: Node, depth: int) -> Hashable:
+        part = part_at(value)
+        if part is not None:
+            return part.axis, part.keeps_axis, self.of(part.base, depth - 1) if depth else None
+        operands = value.all_input_nodes if depth else []
+        return value.target, *(self.of(operand, depth - 1) for operand in operands)
 
 
 def _recurrence(chain: Sequence[_Step], lockstep: Lockstep) -> Recurrence:

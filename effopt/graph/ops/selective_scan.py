@@ -9,11 +9,13 @@ Source: Gu & Dao 2023, arXiv:2312.00752, section 3.3 and algorithm 2.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.ops.base import Operands, Sample, hint, op
 
@@ -34,9 +36,25 @@ def _reference_bytes(operands: Operands, _: Any) -> float:
     return 24.0 * _work(operands)
 
 
+def check_shapes(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Optional[Tensor]) -> None:
+    """Raises ValueError where a size is known not to be what `u` and `a` make it. Adds no guard."""
+    (batch, d, t), n = u.shape, a.shape[-1]
+    wanted = [
+        ("delta", delta, (batch, d, t)),
+        ("a", a, (d, n)),
+        ("b", b, (batch, n, t)),
+        ("c", c, (batch, n, t)),
+    ]
+    wanted += [] if start is None else [("start", start, (batch, d, n))]
+    for name, x, shape in wanted:
+        if x.dim() != len(shape) or any(map(statically_known_true, map(operator.ne, x.shape, shape))):
+            raise ValueError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
+
+
 def _fake(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
+    check_shapes(u, delta, a, b, c, start)
     accumulate = torch.promote_types(u.dtype, torch.float32)
     return u.new_empty(u.shape), u.new_empty((*u.shape[:2], a.shape[1]), dtype=accumulate)
 

@@ -62,7 +62,7 @@ class RecognizeSelectiveScan(GraphPass):
         return write(emit, m.found, read(m.found))[: len(self.outputs(m))]
 
     def samples(self) -> Iterable[Example]:
-        yield Example(_scan, _inputs())
+        yield Example(lambda u, d, a, b, c: _loop(_decay(d, a), _added(u, d, b), c), _inputs())
         yield Example(_scan_from, (*_inputs(), torch.randn(2, 3, 5)))
         yield Example(_in_each_step, _inputs())
         yield Example(_backwards, _inputs())
@@ -79,7 +79,9 @@ class RecognizeSelectiveScan(GraphPass):
         yield Example(gaps, inputs, "not one after the other")
         some = lambda u, d, a, b, c: _loop(_decay(d, a), _added(u, d, b), c, steps=(1, 2, 3))  # noqa: E731
         yield Example(some, inputs, "3 of the 4 places")
-        yield Example(lambda u, d, a, b, c: _backwards(u, d, a, b, c, over=1), inputs, "not over n")
+        yield Example(lambda *x: _backwards(*x, over=1), inputs, "not over n")
+        yield Example(lambda *x: _backwards(*x, cut=torch.int32), inputs, "rounded to torch.int32")
+        yield Example(lambda *x: _backwards(*x, cut=torch.float16), inputs, "rounded to torch.float16")
         yield Example(_read_outside, inputs, "is also read by")
 
 
@@ -105,10 +107,6 @@ def _loop(decay: Tensor, added: Tensor, c: Tensor, bend: Any = None, steps: Any 
     return torch.stack(ys, -1)
 
 
-def _scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return _loop(_decay(delta, a), _added(u, delta, b), c)
-
-
 def _scan_from(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, h: Any) -> tuple[Tensor, Tensor]:
     decay, added, ys = _decay(delta, a), _added(u, delta, b), []
     for t in range(u.shape[2]):
@@ -130,11 +128,12 @@ def _in_each_step(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> 
     return out
 
 
-def _backwards(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, over: int = -1) -> Tensor:
+def _backwards(*given: Tensor, over: int = -1, cut: Any = torch.float32) -> Tensor:
+    u, delta, a, b, c = given
     h, ys = torch.zeros_like(u[:, :, :1] * a), []
     for t in reversed(range(u.shape[2])):
         h = _step(h, u, delta, a, b, t)
-        ys.append((h * c[:, None, :, t]).sum(over, keepdim=True))
+        ys.append((h.to(cut).to(h.dtype) * c[:, None, :, t]).sum(over, keepdim=True))
     return torch.cat(ys[::-1], over)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph
 
-from effopt.graph.analyses.lockstep import Along, Apply, State, leaves
+from effopt.graph.analyses.lockstep import Along, Apply, Lockstep, Same, State, leaves
 from effopt.graph.analyses.recurrences import Found, recurrences
 from effopt.graph.capture import capture
 
@@ -263,3 +264,115 @@ def test_work_is_linear_in_steps(steps: int, monkeypatch: pytest.MonkeyPatch) ->
     (one,) = found_in(plain, steps).recurrences
     assert one.steps == steps
     assert calls <= 12 * steps
+
+
+def _horner(a: Tensor, u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    return plain(a, u, c), ((0.1 * u + 0.2) * u + 0.3) * u + 0.4
+
+
+def test_a_polynomial_is_no_loop_and_hides_none() -> None:
+    found = found_in(_horner)
+    assert [one.steps for one in found.recurrences] == [4]
+    assert not found.misses
+
+
+def test_a_number_that_every_step_adds() -> None:
+    def loop(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+        h, ys = torch.zeros(2, 3, 4), []
+        for i in range(4):
+            h = h * a[:, i] + 0.3
+            ys.append(read(h, c, i))
+        return torch.stack(ys, 1)
+
+    (one,) = found_in(loop).recurrences
+    assert one.added == Same(0.3)
+    assert {source.name for source in one.sources} == {"arg0_1", "arg1_1"}
+
+
+@pytest.mark.parametrize("numbers", [(0.1, 0.1, 0.2, 0.1), (1, True, 1, 1), (1, 1.0, 1, 1)])
+def test_numbers_that_differ_in_value_or_type(numbers: tuple[Any, ...]) -> None:
+    """None of them is taken for four equal steps."""
+
+    def loop(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
+        h, ys = torch.zeros(2, 3, 4), []
+        for i, number in enumerate(numbers):
+            h = h * a[:, i] + number
+            ys.append(read(h, c, i))
+        return torch.stack(ys, 1)
+
+    assert not found_in(loop).recurrences
+
+
+def test_numbers_are_compared_by_type_before_they_are_remembered() -> None:
+    lockstep = Lockstep()
+    kinds = [lockstep.series([number] * 3) for number in (1, 1.0, True)]
+    assert [type(kind.node) for kind in kinds if isinstance(kind, Same)] == [int, float, bool]
+
+
+def test_a_fault_in_one_loop_is_told_there_and_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def two(a: Tensor, u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return plain(a, u, c), backwards(u, a, c)
+
+    series = Lockstep.series
+
+    def faulty(self: Lockstep, nodes: Any, depth: int = 0) -> Any:
+        if not depth and nodes[0].args[-1] == 3:
+            raise AttributeError("no such thing")
+        return series(self, nodes, depth)
+
+    monkeypatch.setattr(Lockstep, "series", faulty)
+    found = found_in(two)
+    assert [one.added.stride for one in found.recurrences if isinstance(one.added, Along)] == [1]
+    assert [why.reason for why in found.misses] == ["it cannot be read: AttributeError: no such thing"]
+    assert all(why.node is not None for why in found.misses)
+
+
+def _calls_to_read_stream(layers: int) -> int:
+    """Calls of functions, Python's and C's, that looking through a stream of unlike layers takes."""
+
+    def stream(x: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        for i in range(layers):
+            x = x + (torch.softmax(x @ v, -1) @ w if i % 2 else torch.relu(x @ w))
+        return x
+
+    graph = graph_of(stream, torch.randn(2, 8), torch.randn(8, 8), torch.randn(8, 8))
+    calls = 0
+
+    def counted(_: Any, event: str, __: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(counted)
+    try:
+        found = recurrences(graph)
+    finally:
+        sys.setprofile(None)
+    assert not found.recurrences
+    assert not found.misses
+    return calls
+
+
+def test_work_is_linear_in_residual_additions() -> None:
+    few, many, most = (_calls_to_read_stream(layers) for layers in (32, 64, 128))
+    assert many - few >= 32, "each layer is looked at"
+    assert most - many <= 2.05 * (many - few)
+
+
+def test_a_loop_between_unlike_residual_additions() -> None:
+    """One chain of additions; the part of it that is a loop is found."""
+
+    def stream(a: Tensor, u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(u[:, 0])
+        for scale in (torch.sin, torch.cos, torch.exp):
+            x = x + scale(x)
+        h, ys = x, []
+        for i in range(4):
+            h = h + u[:, i]
+            ys.append(read(h, c, i))
+        for scale in (torch.sin, torch.cos, torch.exp, torch.tanh, torch.relu):
+            h = h + scale(h)
+        return torch.stack(ys, 1), h
+
+    (one,) = found_in(stream).recurrences
+    assert one.steps == 4
+    assert one.reads_last
