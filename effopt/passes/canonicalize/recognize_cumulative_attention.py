@@ -85,6 +85,10 @@ class RecognizeCumulativeAttention(Rewrite):
             (q, k, v),
             "sums over the time",
         )
+        yield Example(
+            lambda q, k, w: (q * (k * w.unsqueeze(-1)).cumsum(2)).sum(-1), (q, k, v[..., 0]), "0 channel"
+        )
+        yield Example(_of_matrices, (q, k, v.unflatten(-1, (2, 2))), "2 channel")
 
 
 def _is_of_states(node: Node) -> bool:
@@ -102,6 +106,11 @@ def _states(k: torch.Tensor, v: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _contracted(q: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     return (q.unsqueeze(-1) * states).sum(-2)
+
+
+def _of_matrices(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    states = torch.einsum("bhtd,bhtef->bhtdef", k, v).cumsum(2)
+    return torch.einsum("bhtd,bhtdef->bhtef", q, states)
 
 
 def _by_einsum(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
