@@ -83,7 +83,7 @@ def _fold(m: Match, frame: tuple[Any, ...]) -> tuple[float, Weight]:
             held = causal_decay.condition_of(step.condition, frame, place, reader)
             weight = weight.where(held if step.tag == "keep" else negated(held))
         else:
-            require(step.tag in ("clone", "cast"), "the scores are divided by a tensor", step.node)
+            require(step.tag in ("clone", "cast"), "the scores are divided by a tensor or a size", step.node)
             new, scores = val(step.node).dtype, val(m.product).dtype
             require(holds(new, scores), f"the scores, {scores}, are rounded to {new}", step.node)
     return scale, weight

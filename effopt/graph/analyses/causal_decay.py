@@ -24,7 +24,7 @@ from effopt.graph.analyses.masks.reading import Reader, covers
 from effopt.graph.analyses.masks.sums import Sum, whole
 from effopt.graph.constants import constant_number
 from effopt.graph.rewrite import require
-from effopt.graph.values import val
+from effopt.graph.values import is_floating, val
 
 _aten = torch.ops.aten
 _CASTS = {_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default}
@@ -104,6 +104,8 @@ def triangle(node: Node, place: Place) -> c.Condition:
 
 
 def _weight(node: Node, place: Place, reader: Reader) -> Weight:
+    if not isinstance(val(node), torch.Tensor):
+        raise stop(node)
     if val(node).dtype == torch.bool:
         return Weight(condition_at(node, place, reader))
     moved = source_of(node, place)
@@ -235,8 +237,8 @@ def _rated(node: Node, place: Place, by: float, reader: Reader) -> Weight:
             source, at = _origin(source.args[0], at)  # type: ignore[arg-type]
         if {"query", "key"} & frozenset().union(*map(c.axes_of, at)):
             continue
-        whole_numbers = not val(source).dtype.is_floating_point
-        require(not whole_numbers, f"the rate {source.name} holds whole numbers, which may wrap", node)
+        reason = f"the rate {source.name} holds whole numbers, which may wrap, or is a size"
+        require(is_floating(source), reason, node)
         inner = _logarithm(distance, place_in(node, distance, place), 1.0, reader)
         alone = len(inner.rates) == 1 and inner.rates[0].node is None
         # What is hidden by -inf stays hidden by a positive rate alone, whose sign nobody knows.

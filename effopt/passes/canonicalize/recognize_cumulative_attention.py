@@ -4,7 +4,9 @@
       =>  linear_attention(query, key, value)
 
 The products may be einsums, broadcast multiplications or matmuls of single rows, with tokens before heads or
-behind. Exact up to reassociation; the op sums in float32 where the original sums in less. No training needed.
+behind. Exact up to reassociation; the op sums in float32 where the original sums in less. A token that is NaN
+or infinite spoils itself and later ones, as in the original, and none before it; NaN may stand for infinity,
+and gradients of any token may be NaN then. No training needed.
 Saves the states of all tokens, `[b, h, t, d, dv]`. A normaliser, `(query * key.cumsum(time)).sum(-1)`, costs
 no more than its operands, and stays as it is.
 

@@ -2,7 +2,8 @@
 
     (scale * query @ key^T * decay(query - key), causal) @ value  =>  linear_attention(query, key, value, ...)
 
-Exact up to reassociation and intermediate rounding. The decay is `exp(rate * (i - j))` or `gamma ** (i - j)`,
+Exact up to reassociation and intermediate rounding. A value that is NaN or infinite spoils its own token and
+later ones; in the original it spoils earlier ones too, by 0 * infinity. The decay is `exp(rate * (i - j))` or `gamma ** (i - j)`,
 with one rate for all heads or one a head. The sum of the weights over keys, which normalises, is a linear
 attention whose values are ones. No training needed. Saves the `[b, h, t, t]` weights: time and memory grow
 with t, and not with its square, wherever a kernel or chunks take the op.

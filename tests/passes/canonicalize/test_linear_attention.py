@@ -152,6 +152,22 @@ def test_mask_in_a_buffer(name: str) -> None:
         torch.testing.assert_close(compiled(x), layer(x), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("lowering", ["eager", "auto"])
+@pytest.mark.parametrize("t", [6, 1200])
+def test_a_cumulative_sum_keeps_infinity_from_what_comes_before(t: int, lowering: str) -> None:
+    """As in eager mode, where 0 * infinity is never taken; a short call is the reference, a long one chunks."""
+    q, k, v = (torch.randn(1, 2, t, 4) for _ in range(3))
+    v[:, :, -1], v[0, 1, t // 2, 0] = torch.inf, torch.nan
+    call = lambda q, k, v: cumulative_rows(q, k, v, q)  # noqa: E731
+    out, report = run_compiled(call, q, k, v, lowering=lowering)
+    wanted = call(q, k, v)
+    assert recognised(report) == 1
+    seen = wanted.isfinite()
+    assert torch.equal(out.isfinite(), seen)
+    assert bool(seen[:, :, : t // 2].all())
+    torch.testing.assert_close(out[seen], wanted[seen], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["triangle", "retention", "cumulative"])
 def test_dynamic_lengths(name: str) -> None:
     layer = Layer(SPELLINGS[name])

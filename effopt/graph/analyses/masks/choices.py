@@ -118,7 +118,7 @@ def _is_number(value: Any, number: float, dtype: torch.dtype) -> c.Condition | N
     if not isinstance(when, (c.AtMost, c.Equal, c.Given, c.Not, c.All, c.Some)):
         return None
     numbers = [x.number if isinstance(x, Sum) else x for x in sides]
-    if any(not isinstance(x, (int, float)) for x in numbers):
+    if not all(isinstance(x, (int, float)) for x in numbers):
         return None
     # Of whole numbers that wrap, the comparison may see others.
     if dtype in INTEGERS and not all(_fits(x, dtype) for x in (*numbers, number)):
@@ -131,8 +131,8 @@ def _is_number(value: Any, number: float, dtype: torch.dtype) -> c.Condition | N
     )
 
 
-def _fits(number: float, dtype: torch.dtype) -> bool:
-    return number == int(number) and torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
+def _fits(number: Any, dtype: torch.dtype) -> bool:
+    return bool(number == int(number)) and torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
 
 
 def _held(number: Any, dtype: torch.dtype) -> Any:
