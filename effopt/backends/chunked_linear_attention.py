@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from effopt.backends.base import Lowering
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands, hint
+from effopt.graph.ops.linear_attention import causal_product
 from effopt.target import Target
 
 _CHUNK, _CHANNEL_CHUNK = 64, 16
@@ -142,10 +143,18 @@ def _states(c: Chunks) -> tuple[Tensor, Tensor]:
     return torch.stack(before, 1) if before else added, last
 
 
+def _weighed(c: Chunks) -> Tensor:
+    """What the tokens of a chunk give each other, `[n, c, C, dv]`."""
+    # A sum tells whether all are finite, for one pass; on a GPU, asking would wait for the device.
+    if c.value.device.type == "cpu" and bool(c.value.sum().isfinite()):
+        return _weights(c) @ c.value
+    return causal_product(_weights(c), c.value)
+
+
 def forward(c: Chunks) -> tuple[Tensor, Tensor]:
     """Result `[n, c, C, dv]`, and the last state."""
     before, last = _states(c)
-    return _weights(c) @ c.value + (c.query * c.since_start()) @ before, last
+    return _weighed(c) + (c.query * c.since_start()) @ before, last
 
 
 def backward(c: Chunks, grad: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -41,18 +41,19 @@ def read(m: Match) -> CumulativeForm:
     require(len(summed) == 1, "the states are not contracted over one channel", m.root)
     shared = [x for x in out if x in one.letters and x in other.letters]
     key, value = (one, other) if summed <= set(one.letters) else (other, one)
+    free = set(out) - set(shared)
     lead = "".join(x for x in shared if x != time)
     require(
         len(lead) <= 2,
         f"there are {len(lead)} dimensions beside time and channels, at most 2 are known",
         m.root,
     )
-    for x, own in ((key, summed), (value, set(out) - set(shared)), (query, summed)):
+    for x, own in ((key, summed), (value, free), (query, summed)):
         x.require(set(shared) | own, m.root)
         require(is_floating(x.node) and val(x.node).dtype == val(m.root).dtype, "the dtypes differ", x.node)
+    require(len(free) == 1, f"the values have {len(free)} channel dimensions, and one is known", m.root)
     channel = summed.pop()
-    rest = (set(out) - set(shared)).pop()
-    return CumulativeForm(query.of(channel), key.of(channel), value.of(rest), lead, time, out)
+    return CumulativeForm(query.of(channel), key.of(channel), value.of(free.pop()), lead, time, out)
 
 
 def write(emit: Emit, form: CumulativeForm) -> Node:

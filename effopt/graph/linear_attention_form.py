@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from effopt.graph import ops
 from effopt.graph.analyses import causal_decay, heads
-from effopt.graph.analyses.causal_decay import Rate, Weight
+from effopt.graph.analyses.causal_decay import Rate, Weight, holds
 from effopt.graph.analyses.causal_distance import steps_back
 from effopt.graph.analyses.heads import equal
 from effopt.graph.analyses.masks.conditions import negated
@@ -83,8 +83,9 @@ def _fold(m: Match, frame: tuple[Any, ...]) -> tuple[float, Weight]:
             held = causal_decay.condition_of(step.condition, frame, place, reader)
             weight = weight.where(held if step.tag == "keep" else negated(held))
         else:
-            wide = val(step.node).dtype.is_floating_point
-            require(step.tag in ("clone", "cast") and wide, "the scores are divided by a tensor", step.node)
+            require(step.tag in ("clone", "cast"), "the scores are divided by a tensor or a size", step.node)
+            new, scores = val(step.node).dtype, val(m.product).dtype
+            require(holds(new, scores), f"the scores, {scores}, are rounded to {new}", step.node)
     return scale, weight
 
 
@@ -117,12 +118,15 @@ def _checked(rate: Rate, frame: tuple[Any, ...], m: Match) -> Rate:
     n = steps_back(rate.distance)
     require(n is not None, "the decay is not a power of query index - key index", m.root)
     assert n is not None
-    by = rate.by * n
+    by, scores = rate.by * n, val(m.product).dtype
+    require(
+        holds(rate.dtype, scores), f"the decay is rounded to {rate.dtype}, the scores are {scores}", m.root
+    )
     if rate.node is None:
         require(by <= 0, f"the decay grows: a step multiplies by {_exp(by):.4g}", m.root)
     else:
-        head_only = causal_decay.is_head_only(rate.at)
-        require(head_only, f"the rate {rate.node.name} is not one number a head", rate.node)
+        of_heads = causal_decay.is_of_heads(rate.node, rate.at)
+        require(of_heads, f"the rate {rate.node.name} is not one number a head", rate.node)
     bounded = isinstance(rate.distance.only, Magnitude)
     under_causality = form_of_condition(rate.within).band.high == whole(0)
     small = rate.node is None and isinstance(frame[-1], int) and -by * frame[-1] < _room(rate.dtype)

@@ -100,6 +100,34 @@ def test_not_a_number_spoils_its_token_and_later_ones(kind: str) -> None:
         assert not bool(out[0, 0, :, 0].isnan().any())
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_spoils_what_it_does_token_by_token(kind: str, number: float) -> None:
+    """No token before it, in the same chunk either, whichever operand holds it."""
+    for operand in range(3):
+        operands, options = call_of(kind, 70)
+        operands[operand][0, 1, 40, 1] = operands[operand][1, 2, 69, 0] = number
+        wanted = token_by_token(*operands, **options)
+        assert bool(wanted[0][0, 1, :40].isfinite().all())
+        assert not bool(wanted[0][0, 1, 40].isfinite().all())
+        for call in (chunked_linear_attention, ops.linear_attention.reference):
+            for got, exact in zip(call(*operands, **options), wanted, strict=True):
+                assert torch.equal(got.isfinite(), exact.isfinite())
+                assert_equal([got[got.isfinite()]], [exact[got.isfinite()]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_what_is_not_finite_are_no_numbers(kind: str) -> None:
+    """A loss that is NaN does not give a query, or the value itself, a gradient as if it were none."""
+    for call in (chunked_linear_attention, ops.linear_attention.reference):
+        operands, options = call_of(kind, 9)
+        operands[2][0, 0, 5, 1] = math.inf
+        leaves = [x.requires_grad_() for x in operands]
+        query, _, value = torch.autograd.grad(call(*leaves, **options)[0].square().sum(), leaves)
+        assert bool(query[0, 0, 5:].isnan().all())
+        assert bool(value[0, 0, 5, 1].isnan())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "_CHUNK", 4)

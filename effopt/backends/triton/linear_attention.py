@@ -10,7 +10,8 @@ and `chunk_kernel` takes all chunks side by side:
 
 Reads query, key and value once or twice, and writes and reads one float32 state for each chunk, which is
 d * dv / 32 numbers a token. Accumulates in float32. Logarithms of decay are summed and never subtracted: a
-decay of -inf gives no NaN, and a strong one takes no digits of a weak one behind it.
+decay of -inf gives no NaN, and a strong one takes no digits of a weak one behind it. Values of a chunk that
+are not finite make rows before them no NaN.
 
 Source: Qin et al. 2024, arXiv:2401.04658, algorithm 1; Yang et al. 2023, arXiv:2312.06635, section 4.1
 (states first, then all chunks in parallel). Not measured on a GPU yet.
@@ -138,7 +139,14 @@ def chunk_kernel(
     b_weight = tl.where((o_query <= o_key) if REVERSE else (o_query >= o_key), b_weight, 0.0)
     p_tile = p_value + o_far[:, None] * value_strides[2] + o_dv[None, :] * value_strides[3]
     b_value = tl.load(p_tile, mask=m_t[:, None] & m_dv, other=0.0)
-    b_out = tl.dot(b_weight.to(WIDE), b_value.to(WIDE), input_precision="ieee")
+    b_out = tl.zeros([CHUNK, BLOCK_DV], tl.float32)
+    if not REVERSE:
+        # 0 * infinity is NaN: a value that is not finite is taken out, and its columns are NaN from it on.
+        m_finite = tl.abs(b_value.to(tl.float32)) < float("inf")
+        o_spoilt = tl.min(tl.where(m_finite, CHUNK, o_row[:, None]), axis=0)
+        b_value = tl.where(m_finite, b_value, 0.0)
+        b_out = tl.where(o_row[:, None] >= o_spoilt[None, :], float("nan"), b_out)
+    b_out = tl.dot(b_weight.to(WIDE), b_value.to(WIDE), b_out, input_precision="ieee")
     p_state = p_states + (i_line * chunks + i_chunk) * HEAD * dv + o_d[:, None] * dv + o_dv[None, :]
     b_state = tl.load(p_state, mask=(o_d < HEAD)[:, None] & m_dv, other=0.0)
     b_out = tl.dot(b_past.to(WIDE), b_state.to(WIDE), b_out, input_precision="ieee")

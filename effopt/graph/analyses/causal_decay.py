@@ -20,11 +20,11 @@ from effopt.graph.analyses.causal_distance import condition_at, distance_at, pla
 from effopt.graph.analyses.masks import conditions as c
 from effopt.graph.analyses.masks.evaluation import evaluate
 from effopt.graph.analyses.masks.moves import Place, aligned, scalar, source_of
-from effopt.graph.analyses.masks.reading import Reader
-from effopt.graph.analyses.masks.sums import Axis, Sum, whole
+from effopt.graph.analyses.masks.reading import Reader, covers
+from effopt.graph.analyses.masks.sums import Sum, whole
 from effopt.graph.constants import constant_number
 from effopt.graph.rewrite import require
-from effopt.graph.values import val
+from effopt.graph.values import is_floating, val
 
 _aten = torch.ops.aten
 _CASTS = {_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default}
@@ -49,7 +49,7 @@ class Rate:
     within: c.Condition = c.TRUE
     """Where the factor is taken; elsewhere something else is selected, so that it may overflow there."""
     dtype: torch.dtype = torch.float32
-    """That it is computed in."""
+    """The narrowest that holds it on its way to the scores."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,16 @@ class Weight:
         """Itself where a condition holds, and 0, by selection, elsewhere."""
         kept = tuple(replace(r, within=c.every(r.within, condition)) for r in self.rates)
         return Weight(c.every(self.open, condition), kept)
+
+    def held_as(self, dtype: torch.dtype) -> Weight:
+        """Itself in a tensor of a dtype."""
+        rates = (replace(r, dtype=dtype) if holds(r.dtype, dtype) else r for r in self.rates)
+        return replace(self, rates=tuple(rates))
+
+
+def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a floating-point dtype has all numbers of another."""
+    return dtype.is_floating_point and torch.promote_types(dtype, other) == dtype
 
 
 def weight_of(node: Node, frame: tuple[Any, ...], place: Place, reader: Reader) -> Weight:
@@ -94,6 +104,8 @@ def triangle(node: Node, place: Place) -> c.Condition:
 
 
 def _weight(node: Node, place: Place, reader: Reader) -> Weight:
+    if not isinstance(val(node), torch.Tensor):
+        raise stop(node)
     if val(node).dtype == torch.bool:
         return Weight(condition_at(node, place, reader))
     moved = source_of(node, place)
@@ -106,7 +118,7 @@ def _weight(node: Node, place: Place, reader: Reader) -> Weight:
         raise stop(node)
     args: Any = node.args
     if node.target in _CASTS and (val(args[0]).dtype == torch.bool or val(node).dtype.is_floating_point):
-        return _weight(args[0], place, reader)
+        return _weight(args[0], place, reader).held_as(val(node).dtype)
     if node.target in (_aten.tril.default, _aten.triu.default):
         return _weight(args[0], place, reader).where(triangle(node, place))
     if node.target in _TIMES and all(isinstance(a, Node) for a in args[:2]):
@@ -225,6 +237,8 @@ def _rated(node: Node, place: Place, by: float, reader: Reader) -> Weight:
             source, at = _origin(source.args[0], at)  # type: ignore[arg-type]
         if {"query", "key"} & frozenset().union(*map(c.axes_of, at)):
             continue
+        reason = f"the rate {source.name} holds whole numbers, which may wrap, or is a size"
+        require(is_floating(source), reason, node)
         inner = _logarithm(distance, place_in(node, distance, place), 1.0, reader)
         alone = len(inner.rates) == 1 and inner.rates[0].node is None
         # What is hidden by -inf stays hidden by a positive rate alone, whose sign nobody knows.
@@ -234,6 +248,6 @@ def _rated(node: Node, place: Place, by: float, reader: Reader) -> Weight:
     raise stop(node)
 
 
-def is_head_only(at: Place) -> bool:
-    """Whether a place is fixed by the head: each dimension one index, or the head itself."""
-    return all(s.number is not None or (isinstance(s.only, Axis) and s.only.name == "head") for s in at)
+def is_of_heads(node: Node, at: Place) -> bool:
+    """Whether a tensor is read as one number a head: each dimension one index, or all heads in order."""
+    return covers(node, at) and all(s.number is not None or getattr(s.only, "name", "") == "head" for s in at)

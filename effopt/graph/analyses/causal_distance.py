@@ -19,7 +19,7 @@ from effopt.graph.analyses.masks.reading import Reader
 from effopt.graph.analyses.masks.sums import Axis, Magnitude, Sum, of, whole
 from effopt.graph.constants import constant_number
 from effopt.graph.rewrite import Reject
-from effopt.graph.values import shape_of, val
+from effopt.graph.values import is_floating, shape_of, val
 
 _aten = torch.ops.aten
 _CASTS = {_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default}
@@ -50,7 +50,7 @@ def condition_at(node: Node, place: Place, reader: Reader) -> c.Condition:
     operands = [a for a in node.args if isinstance(a, Node)]
     if node.target in _NOT and val(operands[0]).dtype == torch.bool:
         return c.negated(condition_at(operands[0], place, reader))
-    if node.target not in _COMPARISONS or not any(val(a).dtype.is_floating_point for a in operands):
+    if node.target not in _COMPARISONS or not any(map(is_floating, operands)):
         found: c.Condition = reader.at(node, place)
         return found
     sides = [_of(node, a, place, reader) for a in node.args]
@@ -62,6 +62,11 @@ def condition_at(node: Node, place: Place, reader: Reader) -> c.Condition:
 
 def distance_at(node: Node, place: Place, reader: Reader) -> Sum:
     """A whole number as a sum over the axes, whatever dtype holds it. Raises `Reject`."""
+    if not isinstance(val(node), torch.Tensor):
+        size = scalar(node)
+        if size is None:
+            raise stop(node)
+        return size
     dtype = val(node).dtype
     moved = source_of(node, place)
     if moved is not None:

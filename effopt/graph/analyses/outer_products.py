@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.graph.analyses.einsum_letters import letters_of
 from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of
 
@@ -96,14 +97,12 @@ def contraction(node: Node, root: Node, states: Node, letters: str, a: Node) -> 
     return query, result
 
 
-def _equation(node: Node) -> tuple[tuple[str, str], str]:
-    equation = str(node.args[0]).replace(" ", "")
-    operands, arrow, out = equation.partition("->")
-    sides = operands.split(",")
-    plain = bool(arrow) and len(sides) == 2
-    plain = plain and all(len(set(x)) == len(x) and x.isalpha() for x in (*sides, out))
-    require(plain, f"{equation} has no letter for each dimension", node)
-    return (sides[0], sides[1]), out
+def _equation(node: Node) -> tuple[list[str], str]:
+    found = letters_of(str(node.args[0]))
+    plain = found is not None and len(found[0]) == 2
+    require(plain, f"{node.args[0]} has no letter for each dimension", node)
+    assert found is not None
+    return found
 
 
 def _labelled(node: Any, letters: str) -> Labelled:

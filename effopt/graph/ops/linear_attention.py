@@ -22,6 +22,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.ops.base import Operands, Sample, hint, op
 
@@ -86,6 +87,18 @@ def _spans(decay: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
     return apart.cumsum(-3), steps.cumsum(-2), apart.sum(-3)
 
 
+def causal_product(weights: Tensor, value: Tensor) -> Tensor:
+    """`weights @ value` of weights `[.., t, t]` that are 0 ahead of the diagonal, in their dtype.
+
+    There 0 * infinity is 0 too: a value that is not finite makes its row of the result and later ones NaN,
+    and none before it. Their gradients are NaN as well, so that a loss which is one stays one.
+    """
+    if statically_known_true(value.shape[-2] == 1):
+        return torch.matmul(weights, value)
+    spoilt = (value.detach() * 0.0).cumsum(-2)
+    return torch.matmul(weights, value.nan_to_num(0.0, 0.0, 0.0)) * (1.0 + spoilt)
+
+
 @op(flops=_flops, samples=_samples, fake=_fake, reference_bytes=_reference_bytes)
 def linear_attention(
     query: Tensor,
@@ -109,15 +122,15 @@ def linear_attention(
 
     Returns:
         `[b, h, t, dv]`, contiguous, dtype of `query`; and the state after the last token, `[b, h, d, dv]`,
-        float32 or wider. Accumulated in that dtype. A NaN or infinity spoils its own token and later ones; it
-        may spoil earlier ones, as a product with a causal mask does.
+        float32 or wider. Accumulated in that dtype. Where an operand is NaN or infinite, its token and those
+        behind it are one of both, and no token before it is. The gradients of any token may be NaN then.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (query, key, value))
     q = q * scale
     t = query.shape[-2]
     if decay is None:
-        out = torch.matmul(torch.matmul(q, k.transpose(-2, -1)).tril(), v)
+        out = causal_product(torch.matmul(q, k.transpose(-2, -1)).tril(), v)
         left, right, kept = q, k, None
     else:
         between, start, end = _spans(decay.to(wide), t)
@@ -128,7 +141,7 @@ def linear_attention(
             pairs = (q.unsqueeze(-2) * k.unsqueeze(-3) * between.exp()).sum(-1)
         else:
             pairs = torch.matmul(q, k.transpose(-2, -1)) * between.squeeze(-1).exp()
-        out = torch.matmul(pairs.tril(), v)
+        out = causal_product(pairs.tril(), v)
     last = torch.matmul(right.transpose(-2, -1), v)
     if state is not None:
         past = state.to(wide)

@@ -4,7 +4,9 @@
       =>  linear_attention(query, key, value)
 
 The products may be einsums, broadcast multiplications or matmuls of single rows, with tokens before heads or
-behind. Exact up to reassociation; the op sums in float32 where the original sums in less. No training needed.
+behind. Exact up to reassociation; the op sums in float32 where the original sums in less. A token that is NaN
+or infinite spoils itself and later ones, as in the original, and none before it; NaN may stand for infinity,
+and gradients of any token may be NaN then. No training needed.
 Saves the states of all tokens, `[b, h, t, d, dv]`. A normaliser, `(query * key.cumsum(time)).sum(-1)`, costs
 no more than its operands, and stays as it is.
 
@@ -85,6 +87,10 @@ class RecognizeCumulativeAttention(Rewrite):
             (q, k, v),
             "sums over the time",
         )
+        yield Example(
+            lambda q, k, w: (q * (k * w.unsqueeze(-1)).cumsum(2)).sum(-1), (q, k, v[..., 0]), "0 channel"
+        )
+        yield Example(_of_matrices, (q, k, v.unflatten(-1, (2, 2))), "2 channel")
 
 
 def _is_of_states(node: Node) -> bool:
@@ -102,6 +108,11 @@ def _states(k: torch.Tensor, v: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _contracted(q: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     return (q.unsqueeze(-1) * states).sum(-2)
+
+
+def _of_matrices(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    states = torch.einsum("bhtd,bhtef->bhtdef", k, v).cumsum(2)
+    return torch.einsum("bhtd,bhtdef->bhtef", q, states)
 
 
 def _by_einsum(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
     (scale * query @ key^T * decay(query - key), causal) @ value  =>  linear_attention(query, key, value, ...)
 
-Exact up to reassociation and intermediate rounding. The decay is `exp(rate * (i - j))` or `gamma ** (i - j)`,
+Exact up to reassociation and intermediate rounding. A value that is NaN or infinite spoils its own token and
+later ones; in the original it spoils earlier ones too, by 0 * infinity. The decay is `exp(rate * (i - j))` or `gamma ** (i - j)`,
 with one rate for all heads or one a head. The sum of the weights over keys, which normalises, is a linear
 attention whose values are ones. No training needed. Saves the `[b, h, t, t]` weights: time and memory grow
 with t, and not with its square, wherever a kernel or chunks take the op.
@@ -91,6 +92,9 @@ class RecognizeLinearAttention(Rewrite):
         yield Example(lambda q, k, v: _raised(q, k, v, 1.1), (q, k, v), "the decay grows")
         yield Example(lambda q, k, v: _raised(q, k, v, -0.9), (q, k, v), "change sign")
         yield Example(lambda q, k, v: _raised(q, k, v, q[0, 0, 0, 0]), (q, k, v), "known to be positive")
+        yield Example(lambda q, k, v: (q @ k.mT).tril().half().float() @ v, (q, k, v), "are rounded to")
+        rates = -torch.rand(5)
+        yield Example(lambda q, k, v, r: _by_rate(q, k, v, r[:3]), (q, k, v, rates), "one number a head")
         yield Example(lambda q, k, v: _raised(q, k, v, 1e-9), (q, k, v), "may overflow ahead")
 
 
@@ -108,6 +112,12 @@ def _powers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     place = torch.arange(q.shape[-2], dtype=torch.float32)
     apart = place.unsqueeze(-1) - place
     return torch.bmm(torch.bmm(q, k.mT) * torch.pow(0.9, apart.clamp(min=0)).tril(), v)
+
+
+def _by_rate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
+    place = torch.arange(q.shape[-2])
+    decay = torch.exp(rate[:, None, None] * (place[:, None] - place))
+    return (q @ k.mT * decay.tril()) @ v
 
 
 def _raised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gamma: float | torch.Tensor) -> torch.Tensor:

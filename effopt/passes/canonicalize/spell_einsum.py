@@ -19,6 +19,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.graph.analyses.einsum_letters import letters_of
 from effopt.graph.pattern import ANY, OpBuilder, tensor
 from effopt.graph.rewrite import Emit, Match, require
 from effopt.graph.values import shape_of, val
@@ -92,16 +93,17 @@ class _Product:
 
 
 def _read(m: Match) -> _Product:
-    equation = str(m.equation).replace(" ", "")
-    operands, _, out = equation.partition("->")
-    a, _, b = operands.partition(",")
-    plain = all(len(set(x)) == len(x) and x.isalpha() for x in (a, b, out)) and "->" in equation
+    found = letters_of(str(m.equation))
+    reason = f"{m.equation} is not one batched matmul"
+    require(found is not None, reason, m.root)
+    assert found is not None
+    (a, b), out = found
     shared = "".join(x for x in out if x in a and x in b)
     free = [x for x in out if x not in shared]
     summed = "".join(x for x in a if x in b and x not in out)
     whole = len(free) == 2 and len(summed) == 1 and len(a) == len(b) == len(shared) + 2
     sides = whole and {free[0] in a, free[1] in a} == {True, False}
-    require(plain and sides and bool(shared), f"{equation} is not one batched matmul", m.root)
+    require(sides and bool(shared), reason, m.root)
     return _Product(a, b, out, shared, free[0], free[1], summed)
 
 

@@ -86,6 +86,22 @@ def test_resets_take_no_digits_of_what_follows(decay: float, device: torch.devic
         assert_gradients(sample, torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, of the interpreter
+@every_dtype
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_is_not_finite_spoils_no_token_before_it(
+    number: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    for operand in range(3):
+        sample = call_of(dtype, device, 20, 16, 16, "token", True)
+        sample.args[operand][0, 1, 11, 2] = number
+        out, last = LINEAR_ATTENTION.call(*sample.args, **sample.kwargs)
+        exact = ops.linear_attention.reference(*map(double, sample.args), **sample.kwargs)
+        assert torch.equal(out.isfinite(), exact[0].isfinite())
+        assert torch.equal(last.isfinite(), exact[1].isfinite())
+        assert_near(out[out.isfinite()], exact[0][out.isfinite()], dtype)
+
+
 def test_layouts(device: torch.device) -> None:
     """Tokens before heads, slices of one projection, a decay expanded over the batch."""
     q, k, v = torch.randn(2, 20, 3, 48, device=device).split(16, -1)

@@ -144,6 +144,9 @@ KINDS: dict[str, dict[str, Mask]] = {
     "causal": {
         "tril": lambda b, t, s: torch.ones(t, s, dtype=torch.bool).tril(),
         "tril of numbers": lambda b, t, s: torch.ones(t, s).tril().to(torch.bool),
+        "tril of bytes": lambda b, t, s: torch.ones(t, s, dtype=torch.uint8).tril() != 0,
+        "bytes as truths": lambda b, t, s: torch.ones(t, s, dtype=torch.uint8).tril().to(torch.bool),
+        "held in bytes": lambda b, t, s: (positions(t, s)[1] <= positions(t, s)[0]).to(torch.uint8) == 1,
         "compared": lambda b, t, s: positions(t, s)[1] <= positions(t, s)[0],
         "swapped": lambda b, t, s: positions(t, s)[0] >= positions(t, s)[1],
         "strict": lambda b, t, s: positions(t, s)[1] < positions(t, s)[0] + 1,

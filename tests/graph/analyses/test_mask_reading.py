@@ -20,6 +20,8 @@ Numbers = Callable[[Tensor, Tensor], Tensor]
 """Integers that broadcast to `[T, S]`, of two inputs: bytes `[S]` and positions `[T]`."""
 
 DTYPES = st.sampled_from([torch.int64, torch.int64, torch.int32, torch.int8, torch.uint8])
+HOLDERS = st.sampled_from([torch.uint8, torch.int8, torch.int64, torch.float16, torch.float32])
+"""Dtypes that conditions are held in as numbers."""
 SMALL = st.integers(-9, 9)
 
 
@@ -82,6 +84,14 @@ def joined(inner: st.SearchStrategy[Numbers]) -> st.SearchStrategy[Numbers]:
         inner.map(lambda x: lambda a, b: ~x(a, b)),
         inner.map(lambda x: lambda a, b: x(a, b).expand(T, S).tril(1)),
         inner.map(lambda x: lambda a, b: x(a, b).to(torch.int64).to(torch.bool)),
+        st.tuples(inner, HOLDERS, st.sampled_from([0, 1, -1, 255, 256])).map(
+            lambda x: lambda a, b: x[0](a, b).to(x[1]) == x[2]
+        ),
+        st.tuples(inner, HOLDERS, SMALL).map(
+            lambda x: (
+                lambda a, b: torch.ones(T, S, dtype=x[1]).tril(x[2]).masked_fill(x[0](a, b), 2).to(torch.bool)
+            )
+        ),
         st.tuples(inner, inner, inner).map(lambda x: lambda a, b: torch.where(*(y(a, b) for y in x))),
         pair.map(lambda x: lambda a, b: x[0](a, b).expand(T, S).masked_fill(x[1](a, b), False)),
     )

@@ -149,6 +149,18 @@ ALIKE: dict[str, tuple[Mask, tuple[Tensor, ...], Callable[[Form], bool]]] = {
         (),
         FOUND["causal"],
     ),
+    "causal: a number that a byte does not hold": (
+        lambda b, t, s: torch.ones(t, s, dtype=torch.uint8).tril() != 256,
+        (),
+        FOUND["causal"],
+    ),
+    "causal: halves rounded down": (
+        lambda b, t, s: (
+            torch.div(positions(t, s)[0] - positions(t, s)[1] + 0.0, 2.0, rounding_mode="floor") == 0
+        ),
+        (),
+        FOUND["causal"],
+    ),
     "causal: half precision": (rounded, (), FOUND["causal"]),
     "causal: random": (lambda b, t, s: torch.rand(t, s) < 0.5, (), FOUND["causal"]),
     "causal: an index counted from the end": (
@@ -261,7 +273,15 @@ def test_what_only_looks_alike(name: str) -> None:
     laid.assert_is(form)
 
 
-@pytest.mark.parametrize("name", ["causal: half precision", "causal: random", "chunks: of the true quotient"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causal: half precision",
+        "causal: random",
+        "causal: halves rounded down",
+        "chunks: of the true quotient",
+    ],
+)
 def test_what_stops_the_reading_is_named(name: str) -> None:
     form = read(ALIKE[name][0], 2, 7, 7)
     assert any(isinstance(t, Unread) for t in form.terms)

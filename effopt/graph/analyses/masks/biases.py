@@ -123,7 +123,7 @@ def _pieces(value: Any) -> list[tuple[c.Condition, float]] | None:
         if any(pieces is None for _, pieces in found):
             return None
         return [(c.every(outer, inner), x) for outer, pieces in found for inner, x in pieces or ()]
-    if isinstance(value.target, tuple) and value.target[0] == "to":
+    if value.is_cast:
         return _rounded(_pieces(value.of[0]), value.target[1])
     call = _ARITHMETIC.get(value.target)
     sides = [_pieces(x) for x in value.of] if call is not None and len(value.of) == 2 else [None]
@@ -141,7 +141,7 @@ def _rounded(pieces: Any, dtype: torch.dtype) -> list[tuple[c.Condition, float]]
 def kind_of(value: Any) -> str:
     """What kind of bias a value is that hides nothing."""
     value = value.only if isinstance(value, Sum) else value
-    if isinstance(value, Opaque) and isinstance(value.target, tuple):
+    if isinstance(value, Opaque) and value.is_cast:
         return kind_of(value.of[0])
     if isinstance(value, Opaque) and value.target is _aten.mul.Tensor:
         slopes, positions = sorted(value.of, key=lambda x: len(c.axes_of(x) & {"query", "key"}))
@@ -156,7 +156,7 @@ def kind_of(value: Any) -> str:
 
 def _is_linear(value: Any) -> bool:
     """Whether a value is a whole multiple of positions, plus a number."""
-    if isinstance(value, Opaque) and isinstance(value.target, tuple):
+    if isinstance(value, Opaque) and value.is_cast:
         return _is_linear(value.of[0])
     return isinstance(value, Sum) and all(isinstance(a, Axis) or not c.axes_of(a) for a, _ in value.terms)
 

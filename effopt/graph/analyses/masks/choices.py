@@ -70,7 +70,10 @@ def _copy(r: Reads, node: Node, place: Place) -> Any:
     """A change of dtype."""
     value, dtype = r.operand(node, arguments(node)[0], place), val(node).dtype
     before = val(arguments(node)[0]).dtype
-    return value if dtype == before else _cast(node, value, dtype)
+    if dtype == before:
+        return value
+    is_zero = _is_number(value, 0.0, before) if dtype == torch.bool else None
+    return _cast(node, value, dtype) if is_zero is None else c.negated(is_zero)
 
 
 def _cast(node: Node, value: Any, dtype: torch.dtype) -> Any:
@@ -81,13 +84,6 @@ def _cast(node: Node, value: Any, dtype: torch.dtype) -> Any:
         if dtype in INTEGERS and number != value:
             raise Unread
         return whole(int(number)) if dtype in INTEGERS else float(number)
-    if isinstance(value, Opaque) and value.target is _aten.where.self and dtype == torch.bool:
-        when, *sides = value.of
-        numbers = [x.number if isinstance(x, Sum) else x for x in sides]
-        yes, no = (_cast(node, float(x), dtype) if isinstance(x, (int, float)) else None for x in numbers)
-        if yes is None or no is None:
-            raise Unread
-        return _choice(node, when, yes, no)
     if isinstance(value, Sum) and dtype == torch.bool:
         return c.negated(c.equal(value))
     if isinstance(value, Sum) and dtype in INTEGERS:
@@ -113,16 +109,19 @@ def _equals(otherwise: Rule, is_contrary: bool) -> Rule:
 
 
 def _is_number(value: Any, number: float, dtype: torch.dtype) -> c.Condition | None:
+    value = value.only if isinstance(value, Sum) else value
     if isinstance(value, Opaque) and value.target is _aten.where.self:
         when, *sides = value.of
-    elif isinstance(value, Opaque) and isinstance(value.target, tuple):
-        (when,), sides = value.of, [1.0, 0.0]
     else:
-        when, sides = value, [1.0, 0.0]
+        is_cast = isinstance(value, Opaque) and value.is_cast
+        when, sides = value.of[0] if is_cast else value, [1.0, 0.0]
     if not isinstance(when, (c.AtMost, c.Equal, c.Given, c.Not, c.All, c.Some)):
         return None
     numbers = [x.number if isinstance(x, Sum) else x for x in sides]
-    if any(not isinstance(x, (int, float)) for x in numbers):
+    if not all(isinstance(x, (int, float)) for x in numbers):
+        return None
+    # Of whole numbers that wrap, the comparison may see others.
+    if dtype in INTEGERS and not all(_fits(x, dtype) for x in (*numbers, number)):
         return None
     # As the comparison has them: in the dtype of the tensor, where 0.1 is another number.
     held_as = torch.float64 if dtype == torch.bool else dtype
@@ -130,6 +129,10 @@ def _is_number(value: Any, number: float, dtype: torch.dtype) -> c.Condition | N
     return c.some(
         c.every(when, c.TRUE if yes else c.FALSE), c.every(c.negated(when), c.TRUE if no else c.FALSE)
     )
+
+
+def _fits(number: Any, dtype: torch.dtype) -> bool:
+    return bool(number == int(number)) and torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
 
 
 def _held(number: Any, dtype: torch.dtype) -> Any:

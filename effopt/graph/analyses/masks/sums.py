@@ -61,7 +61,13 @@ class Opaque:
     """Any other pointwise function of what is at the same place."""
 
     target: Any
+    """An ATen op; or a pair: `("to", dtype)`, or a division and its rounding mode."""
     of: tuple[Any, ...]
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether it is a change of dtype."""
+        return isinstance(self.target, tuple) and self.target[0] == "to"
 
 
 Atom: TypeAlias = Axis | Symbol | Element | Quotient | Magnitude | Opaque
