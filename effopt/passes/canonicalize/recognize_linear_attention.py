@@ -2,11 +2,11 @@
 
     (scale * query @ key^T * decay(query - key), causal) @ value  =>  linear_attention(query, key, value, ...)
 
-Exact up to reassociation and intermediate rounding. A value that is NaN or infinite spoils its own token and
-later ones; in the original it spoils earlier ones too, by 0 * infinity. The decay is `exp(rate * (i - j))` or `gamma ** (i - j)`,
-with one rate for all heads or one a head. The sum of the weights over keys, which normalises, is a linear
-attention whose values are ones. No training needed. Saves the `[b, h, t, t]` weights: time and memory grow
-with t, and not with its square, wherever a kernel or chunks take the op.
+Exact up to reassociation and intermediate rounding. A value that is NaN or infinite spoils its own token
+and later ones; in the original it spoils earlier ones too, by 0 * infinity. The decay is `exp(rate * (i -
+j))` or `gamma ** (i - j)`, with one rate for all heads or one a head. The sum of the weights over keys,
+which normalises, is a linear attention whose values are ones. No training needed. Saves the `[b, h, t, t]`
+weights: time and memory grow with t, and not with its square, wherever a kernel or chunks take the op.
 
 Source: Katharopoulos et al. 2020, arXiv:2006.16236, section 3.3; with decay: Sun et al. 2023,
 arXiv:2307.08621, equation 5; Qin et al. 2023, arXiv:2307.14995, section 3.1.

@@ -155,7 +155,7 @@ def test_mask_in_a_buffer(name: str) -> None:
 @pytest.mark.parametrize("lowering", ["eager", "auto"])
 @pytest.mark.parametrize("t", [6, 1200])
 def test_a_cumulative_sum_keeps_infinity_from_what_comes_before(t: int, lowering: str) -> None:
-    """As in eager mode, where 0 * infinity is never taken; a short call is the reference, a long one chunks."""
+    """As in eager mode, which takes no 0 * infinity; short calls are the reference, long ones chunks."""
     q, k, v = (torch.randn(1, 2, t, 4) for _ in range(3))
     v[:, :, -1], v[0, 1, t // 2, 0] = torch.inf, torch.nan
     call = lambda q, k, v: cumulative_rows(q, k, v, q)  # noqa: E731
