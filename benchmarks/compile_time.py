@@ -7,9 +7,9 @@ Each measurement is a process of its own with empty caches; the ways take turns,
 that slows down slows all of them down. Compile time is the first call (with --train: forward and
 backward) less one later call; processor time is that of the process and of its C++ compilers.
 `error` compares logits, `gradient error` parameter gradients, with eager, each relative to the
-largest value; a way that is fast and wrong is shown as wrong. What Inductor does once in an empty
-cache directory, whatever the model (imports, probing the vector instructions with test programs, one
-first kernel), is paid before, and shown.
+largest value; a way that is fast and wrong is shown as wrong. What a way does once in an empty cache
+directory, whatever the model (imports, probing the vector instructions, one first kernel), is paid
+before, by the compilation of one line; `with start` is the sum of both.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def measure(way: str, layers: int, hidden: int, tokens: int, train: bool) -> dic
 
     example = load("llama", Size(layers=layers, hidden=hidden, heads=8, tokens=tokens))
     torch._dynamo.config.use_graph_deduplication = way == "deduplicated"
-    run = torch.compile(example.model, backend=effopt if way == "effopt" else "inductor")
+    run_by: Any = effopt if way == "effopt" else "inductor"
+    run = torch.compile(example.model, backend=run_by)
     parameters = list(example.model.parameters())
 
     def step(function: Any) -> tuple[Any, Any]:
@@ -49,7 +50,7 @@ def measure(way: str, layers: int, hidden: int, tokens: int, train: bool) -> dic
 
     with torch.set_grad_enabled(train), record() as report:
         start = time.perf_counter()
-        warm_up(torch)
+        warm_up(torch, run_by)
         start_s = time.perf_counter() - start
         start, start_processor = time.perf_counter(), processor_s()
         got = step(run)
@@ -57,7 +58,7 @@ def measure(way: str, layers: int, hidden: int, tokens: int, train: bool) -> dic
         step(run)
         end, end_processor = time.perf_counter(), processor_s()
         wanted = step(example.model)
-    stages = report.graphs[0].seconds if report.graphs else {}
+    graph = report.graphs[-1] if report.graphs else None  # the first is that of `warm_up`
     return {
         "way": way,
         "start_s": start_s,
@@ -67,8 +68,8 @@ def measure(way: str, layers: int, hidden: int, tokens: int, train: bool) -> dic
         "gradient_error": max(
             (relative_error(a, b) for a, b in zip(got[1], wanted[1], strict=True)), default=0.0
         ),
-        "stages_s": stages,
-        "nodes": report.graphs[0].nodes_before if report.graphs else 0,
+        "stages_s": graph.seconds if graph else {},
+        "nodes": graph.nodes_before if graph else 0,
     }
 
 
@@ -78,12 +79,9 @@ def processor_s() -> float:
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
-def warm_up(torch: Any) -> None:
-    """Pay for imports and the compiler's start once, for every way alike: it probes the processor.
-
-    With an empty cache directory that is some seconds of test programs; they are reported as `start_s`.
-    """
-    torch.compile(lambda x: torch.tanh(x).sum(-1), backend="inductor")(torch.ones(2, 64))
+def warm_up(torch: Any, backend: Any) -> None:
+    """Pay for imports and the compiler's start in an empty cache directory once; reported as `start_s`."""
+    torch.compile(lambda x: torch.tanh(x).sum(-1), backend=backend)(torch.ones(2, 64))
     torch._dynamo.reset()
 
 
@@ -119,26 +117,25 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for way in WAYS:
             measured[way].append(in_a_process(arguments, way))
-    baseline, processor_baseline = (
-        statistics.median(m[key] for m in measured["inductor"]) for key in ("compile_s", "processor_s")
-    )
+    for run in (run for runs in measured.values() for run in runs):
+        run["cold_s"] = run["start_s"] + run["compile_s"]
+    columns = ("compile_s", "cold_s", "processor_s")
+    baselines = {key: statistics.median(m[key] for m in measured["inductor"]) for key in columns}
     mode = "training" if arguments.train else "inference"
     print(f"Llama, {arguments.layers} layers, hidden {arguments.hidden}, {mode}")
     titles = f"{'way':<14}{'compile s':>10}{'low':>8}{'high':>8}{'of Inductor':>13}"
-    titles += f"{'processor s':>13}{'of Inductor':>13}"
+    titles += f"{'with start':>12}{'of Inductor':>13}{'processor s':>13}{'of Inductor':>13}"
     print(f"{titles}{'error':>10}{'gradient error':>16}")
     for way, runs in measured.items():
         times = [m["compile_s"] for m in runs]
-        median = statistics.median(times)
         error, gradient = max(m["error"] for m in runs), max(m["gradient_error"] for m in runs)
         shown = f"{gradient:.1e}" if arguments.train else "-"
-        seconds = f"{median:>10.1f}{min(times):>8.1f}{max(times):>8.1f}{median / baseline:>13.2f}"
-        processor = statistics.median(m["processor_s"] for m in runs)
-        seconds += f"{processor:>13.1f}{processor / processor_baseline:>13.2f}"
+        medians = {key: statistics.median(m[key] for m in runs) for key in columns}
+        ratios = {key: f"{medians[key] / baselines[key]:>13.2f}" for key in columns}
+        seconds = f"{medians['compile_s']:>10.1f}{min(times):>8.1f}{max(times):>8.1f}{ratios['compile_s']}"
+        seconds += f"{medians['cold_s']:>12.1f}{ratios['cold_s']}"
+        seconds += f"{medians['processor_s']:>13.1f}{ratios['processor_s']}"
         print(f"{way:<14}{seconds}{error:>10.1e}{shown:>16}")
-    starts = {way: statistics.median(m["start_s"] for m in runs) for way, runs in measured.items()}
-    said = ", ".join(f"{way} {seconds:.1f}" for way, seconds in starts.items())
-    print(f"not counted: the compiler's own start in an empty cache, s: {said}")
     stages = measured["effopt"][-1]["stages_s"]
     print("effopt stages, s: " + ", ".join(f"{k} {v:.2f}" for k, v in stages.items() if v >= 0.05))
     if arguments.json:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from effopt.backends.aliasing import SettleAliases
 from effopt.backends.outline import OUTLINED
+from effopt.backends.vector_probe import SETTING, takes_vectors
 
 _invoke = torch.ops.higher_order.invoke_subgraph
 _checkpoint = torch.ops.higher_order.tag_activation_checkpoint
@@ -51,6 +52,7 @@ def compile_graph(
     theirs = options.get(_BEFORE_LOWERING, getattr(config, _BEFORE_LOWERING))
     patches = {
         **options,
+        **_vectors(options),
         "unsafe_marked_cacheable_functions": marked,
         _BEFORE_LOWERING: _first(SettleAliases(), theirs),
         **_shared_files(options.get(_AFTER_FUSION) or getattr(config, _AFTER_FUSION, None)),
@@ -58,6 +60,20 @@ def compile_graph(
     with _own_buffers(module), _known_to_write_nothing(module):
         compiled: Callable[..., Any] = inductor.compile(module, list(inputs), options=patches)
     return compiled
+
+
+def _vectors(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The setting that spares the test programs of vector instructions, unless the user has set it."""
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    if SETTING in options or "cpp.cxx" in options or config.cpp.vec_isa_ok is not None:
+        return {}
+    try:
+        compiler = get_cpp_compiler()
+    except RuntimeError:
+        return {}  # Inductor says that there is none, if it needs one
+    return {SETTING: True} if takes_vectors(compiler) else {}
 
 
 def _shared_files(theirs: Any) -> dict[str, Any]:
