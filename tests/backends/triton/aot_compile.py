@@ -48,6 +48,8 @@ from effopt.backends.triton import (
     rows,
     selective_scan,
     stream_k_attention,
+    stream_k_merge,
+    stream_k_schedule,
 )
 
 TARGETS = {
@@ -211,10 +213,10 @@ def attention_cases() -> Iterator[Case]:
     yield f"{name}-stream-k", stream_k_attention.stream_k_kernel, dtype, streamed
     yield "attention-merge", decode_attention.merge_parts_kernel, "bf16", merge
     lines = {n: v for n, v in merge.items() if n != "num_warps"} | {"VALUE_HEAD": 128, "REQUESTS": 64}
-    lines |= {"MERGED": stream_k_attention.MERGED_ROWS, "ROWS": options["ROWS"]}
-    yield "attention-merge lines", stream_k_attention.merge_lines_kernel, "bf16", lines
+    lines |= {"MERGED": stream_k_merge.MERGED_ROWS, "ROWS": options["ROWS"]}
+    yield "attention-merge lines", stream_k_merge.merge_lines_kernel, "bf16", lines
     extents = {"MASK_OVER_KEYS": True, "KEYS": options["KEYS"], "QUERIES": 16}
-    yield "attention-extents", stream_k_attention.extents_kernel, "bf16", extents
+    yield "attention-extents", stream_k_schedule.extents_kernel, "bf16", extents
 
 
 def attention_gradient_cases() -> Iterator[Case]:
