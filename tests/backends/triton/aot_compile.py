@@ -42,6 +42,7 @@ from effopt.backends.triton import (
     layer_norm,
     linear_attention,
     linear_attention_backward,
+    linear_attention_call,
     quantized_linear,
     rms_norm,
     rope,
@@ -289,12 +290,12 @@ def scan_cases() -> Iterator[Case]:
 
 def linear_attention_cases() -> Iterator[Case]:
     """The heaviest: decay of each token, heads of 128; and float32, summed without matrix units."""
-    forward, backward = linear_attention, linear_attention_backward
+    forward, backward, call = linear_attention, linear_attention_backward, linear_attention_call
     for dtype, head in (("bf16", 128), ("fp32", 64)):
         wide = tl.bfloat16 if dtype == "bf16" else tl.float32
-        chunk = forward.chunk_for(DTYPES[dtype])
-        options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "BLOCK_DV": forward.VALUES, "CHUNK": chunk}
-        options |= {"DOT": wide, "WIDE": wide, "num_warps": forward.WARPS, "num_stages": forward.STAGES}
+        chunk = call.chunk_for(DTYPES[dtype])
+        options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "BLOCK_DV": call.VALUES, "CHUNK": chunk}
+        options |= {"DOT": wide, "WIDE": wide, "num_warps": call.WARPS, "num_stages": call.STAGES}
         tail = f"{dtype}-{head}"
         for reverse in (False, True):
             name = f"linear_attention-states-{tail}" + "-reverse" * reverse
