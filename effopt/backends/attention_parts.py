@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from effopt.backends.base import Lowering
+from effopt.backends.base import Lowering, by_operands
 from effopt.graph import ops
 from effopt.graph.ops.attention import open_keys, score_flops
 from effopt.graph.ops.base import Operands, hint
@@ -24,25 +24,12 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def flash_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    low: int | None = None,
-    high: int | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+@by_operands(ops.attention_lse)
+def flash_lse(operands: Operands) -> tuple[Tensor, Tensor]:
     """`ops.attention_lse` by `_scaled_dot_product_flash_attention_for_cpu`; arguments as there."""
-    t, s = query.shape[-2], key.shape[-2]
-    seen = open_keys(t, s, query.device, low, high, query_ids, key_ids)
+    query, key, value, bias, mask = (operands[n] for n in ("query", "key", "value", "bias", "mask"))
+    bounds = (operands[n] for n in ("low", "high", "query_ids", "key_ids"))
+    seen = open_keys(query.shape[-2], key.shape[-2], query.device, *bounds)
     mask = seen if mask is None else (mask if seen is None else mask & seen)
     added = bias
     if mask is not None:
@@ -53,6 +40,7 @@ def flash_lse(
         while added.dim() not in (2, 4):
             added = added.unsqueeze(0)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    is_causal, scale = operands["is_causal"], operands["scale"]
     out, lse = _flash(query, key, value, 0.0, is_causal, attn_mask=added, scale=scale)
     if added is not None:
         lse = torch.where((added > -math.inf).any(dim=-1), lse, -math.inf)

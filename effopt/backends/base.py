@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,28 @@ class Lowering:
         """`call` on operands in the op's own layout: those in `prepack` are laid out at every call."""
         bound = self.op.bind(args, kwargs)
         return self.call(**bound | {n: lay_out(bound[n]) for n, lay_out in self.prepack.items()})
+
+
+def by_operands(op: Op) -> Callable[[Callable[[Operands], Any]], Callable[..., Any]]:
+    """Make a function of operands by name one with the arguments of `op`, as `Lowering.call` wants it.
+
+    So the signature of an op with many options stands in the op alone. Dynamo can trace the calls.
+    """
+    arguments = op.overload._schema.arguments
+    names = tuple(a.name for a in arguments)
+    absent = {a.name: a.default_value for a in arguments if a.has_default_value()}
+
+    def give_arguments(run: Callable[[Operands], Any]) -> Callable[..., Any]:
+        @functools.wraps(run)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            operands = {**absent, **dict(zip(names, args, strict=False)), **kwargs}
+            if len(operands) != len(names) or len(args) > len(names):
+                raise TypeError(f"{run.__name__}: expected {', '.join(names)}, got {', '.join(operands)}")
+            return run(operands)
+
+        return call
+
+    return give_arguments
 
 
 @dataclass(frozen=True)

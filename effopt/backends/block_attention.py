@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
-from effopt.backends.base import Lowering
+from effopt.backends.base import Lowering, by_operands
 from effopt.backends.key_blocks import Block, Call, allowed_in, block_size, blocks_of, open_in, part, part_in
 from effopt.graph import ops
 from effopt.graph.ops.attention import band_share, score_flops
@@ -40,7 +40,7 @@ _GUESSED_SHARE = 0.5
 
 def _attend(call: Call, block: Block, q: Tensor, k: Tensor, v: Tensor, mean: Tensor) -> Tensor:
     """The rows of one block. `mean` is that of all values, for rows that see none by a finite fill."""
-    bias = _bias_in(call, block)
+    bias = None if call.bias is None else part_in(call.bias, block)
     stepwise = bool(call.softcap) or call.sinks is not None
     kept = call.rows_see_key or call.sinks is not None
     kept = kept or (call.zero_masked_rows and not math.isfinite(call.fill))
@@ -67,10 +67,6 @@ def _like(bias: Tensor, q: Tensor) -> Tensor:
     """As the kernel takes it: 2 or 4 dimensions, in a dtype that holds the query's."""
     bias = bias.to(torch.promote_types(bias.dtype, q.dtype))
     return bias if bias.dim() == 4 else bias[(None,) * (4 - bias.dim())]
-
-
-def _bias_in(call: Call, block: Block) -> Tensor | None:
-    return None if call.bias is None else part_in(call.bias, block)
 
 
 def _mean(call: Call) -> Tensor:
@@ -150,7 +146,7 @@ def _weights(
     if call.softcap:
         capped = torch.tanh(scores / call.softcap)
         scores, slope = call.softcap * capped, 1.0 - capped * capped
-    bias, seen = _bias_in(call, block), open_in(call, block)
+    bias, seen = None if call.bias is None else part_in(call.bias, block), open_in(call, block)
     scores = scores if bias is None else scores + bias
     scores = scores if seen is None else scores.masked_fill(~seen, -math.inf)
     peak = scores.amax(-1, keepdim=True)
@@ -224,39 +220,21 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def block_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    fill: float | None = None,
-    is_causal: bool = False,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    zero_masked_rows: bool = False,
-    rows_see_key: bool = False,
-    low: int | None = None,
-    high: int | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    anchors: int | None = None,
-    prefix: int | None = None,
-) -> Tensor:
+@by_operands(ops.attention)
+def block_attention(operands: Operands) -> Tensor:
     """`ops.attention` without the keys that no row of a block sees; arguments as there."""
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    low = -query.shape[-2] if low is None else low
-    high = key.shape[-2] if high is None else high
-    if is_causal:
-        high, prefix = torch.sym_min(high, 0), None
-    floor = -math.inf if fill is None else fill
-    return _forward(
-        *(query, key, value, bias, mask, sinks, query_ids, key_ids),
-        *(scale, floor, softcap, low, high, anchors or 0, prefix or 0, zero_masked_rows, rows_see_key),
-    )
+    names = ("query", "key", "value", "bias", "mask", "sinks", "query_ids", "key_ids")
+    tensors = [operands[name] for name in names]
+    tensors[:3] = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors[:3])
+    low = -tensors[0].shape[-2] if operands["low"] is None else operands["low"]
+    high = tensors[1].shape[-2] if operands["high"] is None else operands["high"]
+    prefix = operands["prefix"] or 0
+    if operands["is_causal"]:
+        high, prefix = torch.sym_min(high, 0), 0
+    floor = -math.inf if operands["fill"] is None else operands["fill"]
+    scores = (operands["scale"], floor, operands["softcap"])
+    rows = (operands["zero_masked_rows"], operands["rows_see_key"])
+    return _forward(*tensors, *scores, low, high, operands["anchors"] or 0, prefix, *rows)
 
 
 def _supports(target: Target, operands: Operands) -> str | None:

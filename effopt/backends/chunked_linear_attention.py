@@ -15,7 +15,6 @@ arXiv:2312.06635, sections 4.2 and 4.3 (the chunk within which pairs are taken i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,96 +22,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effopt.backends.base import Lowering
+from effopt.backends.token_chunks import CHANNEL_CHUNK, CHUNK, Chunks, chunks, cut, joined
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands, hint
 from effopt.graph.ops.linear_attention import causal_product
 from effopt.target import Target
 
-_CHUNK, _CHANNEL_CHUNK = 64, 16
-"""Tokens of a chunk: about d, where products inside it cost what the state does. With gates a channel each
-pair takes an exponential a channel, so the chunk is shorter."""
 _STATE_S = 1.5e-5
 """Seconds that carrying a state over one chunk takes beside its arithmetic: two calls."""
 _CALL_S = 2e-4
 """And a call, which is not fused with its neighbours."""
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """One call, its tokens in chunks: `[n, c, C, ...]`, n batch entries times heads, padded with zeros.
-
-    A padding token has key 0 and decay 0 (it keeps all), and so leaves the state as it is.
-    """
-
-    query: Tensor
-    """Scaled."""
-    key: Tensor
-    value: Tensor
-    decay: Tensor | None
-    """`[n, c, C, e]`, e is 1 or d."""
-    state: Tensor
-    """`[n, d, dv]`, before the first token."""
-
-    @property
-    def by_channel(self) -> bool:
-        """Whether channels decay differently."""
-        return self.decay is not None and self.decay.shape[-1] > 1
-
-    def later(self) -> Tensor:
-        """Decay of the tokens m behind token j, `[n, c, C (m), C (j), 1]`; not for decay by channel."""
-        assert self.decay is not None
-        place = torch.arange(self.query.shape[2], device=self.query.device)
-        return torch.where((place.unsqueeze(-1) > place).unsqueeze(-1), self.decay.unsqueeze(-2), 0.0)
-
-    def since_start(self) -> Tensor:
-        """What is left at each token of the state before the chunk, `[n, c, C, e]` (or 1)."""
-        return self.query.new_ones(()) if self.decay is None else self.decay.cumsum(2).exp()
-
-    def until_end(self) -> Tensor:
-        """What is left of each token at the end of the chunk, likewise."""
-        if self.decay is None:
-            return self.query.new_ones(())
-        behind = F.pad(self.decay[:, :, 1:], (0, 0, 0, 1))
-        return behind.flip(2).cumsum(2).flip(2).exp()
-
-    def kept(self) -> Tensor | None:
-        """What is left of a state after each chunk, `[n, c, e, 1]`."""
-        return None if self.decay is None else self.decay.sum(2).exp().unsqueeze(-1)
-
-    def from_key(self, j: int) -> Tensor:
-        """What is left of token j at tokens j, j + 1, ..., `[n, c, C - j, d]`."""
-        assert self.decay is not None
-        return F.pad(self.decay[:, :, j + 1 :].cumsum(2), (0, 0, 1, 0)).exp()
-
-
-def _cut(x: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-    """`[b, h, t, e]` as `[b h, c, C, e]`."""
-    b, h, t, e = x.shape
-    count = -(-t // chunk)
-    padded = F.pad(x.to(dtype), (0, 0, 0, count * chunk - t))
-    return padded.reshape(b * h, count, chunk, e)
-
-
-def _joined(x: Tensor, like: Tensor) -> Tensor:
-    """`[b h, c, C, e]` as `[b, h, t, e]` of `like`, without the padding."""
-    b, h, t = like.shape[:3]
-    return x.reshape(b, h, -1, x.shape[-1])[:, :, :t].to(like.dtype).contiguous()
-
-
-def _chunks(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, state: Tensor | None, scale: float
-) -> Chunks:
-    b, h, t, d = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
-    by_channel = decay is not None and decay.dim() == 4 and d > 1
-    chunk = min(max(t, 1), _CHANNEL_CHUNK if by_channel else _CHUNK)
-    if decay is not None:
-        steps = decay.view(1, h, 1).expand(b, h, t) if decay.dim() == 1 else decay
-        decay = _cut(steps if steps.dim() == 4 else steps.unsqueeze(-1), chunk, wide)
-    q, k, v = (_cut(x, chunk, wide) for x in (query, key, value))
-    sizes = (b * h, d, value.shape[-1])
-    past = q.new_zeros(sizes) if state is None else state.to(wide).reshape(sizes)
-    return Chunks(q * scale, k, v, decay, past)
 
 
 def _weights(c: Chunks) -> Tensor:
@@ -219,8 +138,8 @@ _SCHEMA = "Tensor query, Tensor key, Tensor value, Tensor? decay, Tensor? state,
 )
 def _forward(*given: Any) -> tuple[Tensor, Tensor]:
     query = given[0]
-    out, last = forward(_chunks(*given))
-    return _joined(out, query), last.reshape(*query.shape[:2], *last.shape[1:]).clone()
+    out, last = forward(chunks(*given))
+    return joined(out, query), last.reshape(*query.shape[:2], *last.shape[1:]).clone()
 
 
 @torch.library.custom_op(
@@ -230,16 +149,16 @@ def _forward(*given: Any) -> tuple[Tensor, Tensor]:
 )
 def _backward(grad: Tensor, grad_last: Tensor, *given: Any) -> list[Tensor]:
     query, key, value, decay, state, scale = given
-    c = _chunks(*given)
+    c = chunks(*given)
     wide = c.query.dtype
-    cut = _cut(grad, c.query.shape[2], wide)
-    *made, of_decay, first = backward(c, cut, grad_last.to(wide).reshape(c.state.shape))
+    upstream = cut(grad, c.query.shape[2], wide)
+    *made, of_decay, first = backward(c, upstream, grad_last.to(wide).reshape(c.state.shape))
     made[0] = made[0] * scale
-    found = [_joined(m, x) for m, x in zip(made, (query, key, value), strict=True)]
+    found = [joined(m, x) for m, x in zip(made, (query, key, value), strict=True)]
     if decay is None:
         found.append(grad.new_zeros(0))
     else:
-        steps = _joined(of_decay, query.new_empty((*query.shape[:3], 1), dtype=wide))
+        steps = joined(of_decay, query.new_empty((*query.shape[:3], 1), dtype=wide))
         found.append(_of_decay(steps, decay))
     found.append(grad.new_zeros(0) if state is None else first.reshape(state.shape).to(state.dtype).clone())
     return found
@@ -301,7 +220,7 @@ def _cost(target: Target, operands: Operands, result: Any) -> float:
     b, h, t, d = map(hint, query.shape)
     dv = hint(operands["value"].shape[-1])
     by_channel = decay is not None and decay.dim() == 4
-    chunk = _CHANNEL_CHUNK if by_channel else _CHUNK
+    chunk = CHANNEL_CHUNK if by_channel else CHUNK
     inside = 2.0 * chunk * (d + dv) + (20.0 * chunk * d if by_channel else 20.0 * chunk)
     work = b * h * t * (inside + 4.0 * d * dv)
     moved = 3.0 * ops.linear_attention.bytes_moved(operands, result)

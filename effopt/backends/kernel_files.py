@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads, kernel_code_log
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.custom_graph_pass import CustomSchedulerPass, get_hash_for_files
 from torch._inductor.exc import CppCompileError
@@ -75,6 +75,7 @@ class KernelFiles(AsyncCompile):
         found = _FUNCTION.fullmatch(source_code)
         if found is None or "\n}" in found[1][:-2] or "#define" in found[1]:
             return super().cpp_pybinding(argtypes, source_code)
+        kernel_code_log.info("CPP+Bindings Kernel:\n%s", source_code)
         kernel = _Kernel(argtypes, source_code, found[1])
         self._waiting.append(kernel)
         return kernel

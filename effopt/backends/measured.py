@@ -2,9 +2,9 @@
 
 A candidate is a graph of that one call, handed to Inductor with the settings of the whole graph, so that a
 reference is fused and a kernel is launched as it will be. Operands have the node's own shapes, dtypes and
-strides, symbols at their hints. Their contents are made up, for nobody knows them yet: numbers, masks of
-requests of different lengths, ids of two documents in a row. In training a run is forward and backward.
-Candidates take turns, and the median counts.
+strides, symbols at their hints. Their contents are made up, for nobody knows them yet. In training a run is
+forward and backward. Candidates take turns, and the median counts. Whatever fails here leaves the choice to
+the predictions: no graph that compiles without measuring fails to compile for it.
 
 Only what is measured is run, on tensors of its own; no state of the program changes, that of random numbers
 included.
@@ -33,8 +33,8 @@ from torch.fx.node import map_aggregate
 from effopt.backends import measurements
 from effopt.backends.base import Lowering, Measure
 from effopt.backends.inductor import compile_graph
+from effopt.backends.made_up_operands import made_up
 from effopt.graph.ops.base import hint, tensor_bytes
-from effopt.graph.sampling import with_strides
 from effopt.graph.sources import digest_of_effopt
 from effopt.graph.values import val
 
@@ -85,9 +85,13 @@ class Measurer:
         if self.spent_s >= BUDGET_S:
             return f"the {BUDGET_S:g} s that measuring may take for a graph are used up"
         start = time.perf_counter()
-        with _apart(bool(wanted), operands):
-            found = _race(lowerings, operands, wanted, result, self.settings)
-        self.spent_s += time.perf_counter() - start
+        try:
+            with _apart(bool(wanted), operands):
+                found = _race(lowerings, operands, wanted, result, self.settings)
+        except Exception as error:  # noqa: BLE001 - no memory for the operands, or a kernel that fails late
+            return _words(error)
+        finally:
+            self.spent_s += time.perf_counter() - start
         seconds = {name: t for name, t in found.items() if not isinstance(t, str)}
         if len(seconds) < len(found):
             return found
@@ -107,6 +111,7 @@ class Measurer:
             "operands": {name: _signature(value) for name, value in operands.items()},
             "gradients": sorted(wanted),
             "settings": {name: _plain(value) for name, value in self.settings.items()},
+            "configuration": [_inductor_configuration(), torch.get_float32_matmul_precision()],
             "device": _device(operands),
             "versions": [torch.__version__, _triton_version(), digest_of_effopt()],
         }
@@ -135,14 +140,17 @@ def _signature(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON. What has no plain form is known by its type alone."""
+    """As JSON. What has no plain form is known by its type and all of its text."""
     if isinstance(value, float):
         return repr(value)
-    return (
-        value
-        if isinstance(value, (bool, int, str, type(None)))
-        else f"{type(value).__qualname__} {value!s:.200}"
-    )
+    return value if isinstance(value, (bool, int, str, type(None))) else f"{type(value).__qualname__} {value}"
+
+
+def _inductor_configuration() -> str:
+    """Of what is set for the whole process; the options of a graph are in its question one by one."""
+    from torch._inductor import config
+
+    return config.get_hash().hex()
 
 
 def _device(operands: Mapping[str, Any]) -> str:
@@ -197,7 +205,7 @@ def _race(
     settings: Mapping[str, Any],
 ) -> dict[str, float | str]:
     """Median seconds of each, taking turns; for one that fails, why."""
-    made = {name: _made_up(value) for name, value in operands.items()}
+    made = {name: made_up(value) for name, value in operands.items()}
     runs: dict[str, Callable[[], Any]] = {}
     found: dict[str, float | str] = {}
     for lowering in lowerings:
@@ -206,7 +214,7 @@ def _race(
             runs[lowering.name]()
         except Exception as error:  # noqa: BLE001 - a kernel that cannot run here is not taken, and says why
             runs.pop(lowering.name, None)
-            found[lowering.name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            found[lowering.name] = _words(error)
     clock = _stopwatch(made)
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
@@ -216,6 +224,10 @@ def _race(
         if number >= 2 and time.perf_counter() - start > ROUNDS_S:
             break
     return found | {name: max(1e-9, statistics.median(values)) for name, values in times.items()}
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _runnable(
@@ -277,34 +289,3 @@ def _stopwatch(made: Mapping[str, Any]) -> Callable[[Callable[[], Any]], float]:
             return float(begin.elapsed_time(end)) * 1e-3
 
     return by_events
-
-
-def _made_up(value: Any) -> Any:
-    """A value as a model might have it, of the same size, dtype and strides; symbols at their hints."""
-    if isinstance(value, torch.SymInt):
-        return hint(value)
-    if not isinstance(value, Tensor):
-        return value
-    sizes, strides = [hint(n) for n in value.shape], [hint(n) for n in value.stride()]
-    compact = [1 if stride == 0 else n for n, stride in zip(sizes, strides, strict=True)]
-    drawn = _drawn(compact, value.dtype, torch.Generator().manual_seed(0))
-    return with_strides(drawn.to(value.device), sizes, strides)
-
-
-def _drawn(sizes: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    last = sizes[-1] if sizes else 1
-    along = torch.arange(last)
-    if dtype == torch.bool:
-        # Requests of different lengths: row i of the batch is open for its first (i + 1) / b.
-        rows = torch.arange(1, (sizes[0] if len(sizes) > 1 else 1) + 1)
-        lengths = (last * rows + len(rows) - 1) // len(rows)
-        seen = along < lengths.view(-1, *(1,) * (len(sizes) - 1)) if len(sizes) > 1 else along < last
-        return seen.expand(sizes).clone() if sizes else torch.tensor(True)
-    if dtype.is_floating_point or dtype.is_complex:
-        wide = torch.complex64 if dtype.is_complex else torch.float32
-        return torch.randn(sizes, generator=generator, dtype=wide).to(dtype)
-    if dtype in (torch.uint8, torch.int8):
-        return torch.randint(0, 128, sizes, generator=generator, dtype=dtype)  # codes of a quantised weight
-    return (
-        (2 * along // max(1, last)).expand(sizes).to(dtype).clone() if sizes else torch.zeros((), dtype=dtype)
-    )

@@ -1,18 +1,18 @@
 """What was measured of lowerings, kept in the process and in Inductor's cache folder.
 
 One small file a question, written whole and then linked to its name: a reader never sees half of one, and of
-several writers the first decides for all, so that the ranks of one job take the same kernels. A file that
-cannot be read, or that answers another question, is ignored and written anew.
+several writers the first decides for all, so that the ranks of one job take the same kernels (the last one
+decides on a file system without links). A file that cannot be read, that answers another question, or not all
+of it, is ignored and written anew. Who may read it is for the user's umask to say, as in all of the folder.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,11 @@ def folder() -> Path | None:
 
 
 def recall(question: Mapping[str, Any]) -> dict[str, float] | None:
-    """Seconds by lowering, as they were measured first; None if they never were."""
+    """Seconds by lowering, as they were measured first; None if they never were.
+
+    Args:
+        question: plain values; `lowerings` holds the names that are asked about.
+    """
     text = json.dumps(question, sort_keys=True)
     if text not in _known:
         home = folder()
@@ -72,17 +76,19 @@ def _read(path: Path, text: str) -> dict[str, float] | None:
         entry = json.loads(path.read_text("utf-8"))
         if entry["format"] != FORMAT or entry["question"] != text:
             return None
-        found = {str(name): float(seconds) for name, seconds in entry["seconds"].items()}
+        found = {name: float(seconds) for name, seconds in entry["seconds"].items()}
+        asked = json.loads(text)["lowerings"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return found if found and all(math.isfinite(t) and t > 0 for t in found.values()) else None
+    whole = found.keys() == set(asked) and all(math.isfinite(t) and t > 0 for t in found.values())
+    return found if whole else None
 
 
 def _write(path: Path, text: str, seconds: dict[str, float]) -> dict[str, float]:
     """Put an answer in its place unless a good one is there; the one that is there then."""
-    handle, made = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    made = path.with_suffix(f".{uuid.uuid4().hex}.part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with made.open("x", encoding="utf-8") as file:
             json.dump({"format": FORMAT, "question": text, "seconds": seconds}, file)
         try:
             os.link(made, path)
@@ -92,6 +98,5 @@ def _write(path: Path, text: str, seconds: dict[str, float]) -> dict[str, float]
                 return there
             os.replace(made, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(made)
+        made.unlink(missing_ok=True)
     return seconds

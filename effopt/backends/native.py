@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
-from effopt.backends.base import Lowering
+from effopt.backends.base import Lowering, by_operands
 from effopt.graph import ops
 from effopt.graph.ops.attention import open_keys, score_flops
 from effopt.graph.ops.base import Operands, hint
@@ -28,33 +28,14 @@ _UNREACHED = -1e9
 """No score comes near a fill at or below this: float32 is spaced by 64 there."""
 
 
-def sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    fill: float | None = None,
-    is_causal: bool = False,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    zero_masked_rows: bool = False,
-    rows_see_key: bool = False,
-    low: int | None = None,
-    high: int | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    anchors: int | None = None,
-    prefix: int | None = None,
-) -> Tensor:
+@by_operands(ops.attention)
+def sdpa(operands: Operands) -> Tensor:
     """`ops.attention` through `scaled_dot_product_attention`; arguments as there."""
+    query, key, value, bias, mask = (operands[n] for n in ("query", "key", "value", "bias", "mask"))
     if bias is not None:
         bias = bias.to(torch.promote_types(bias.dtype, query.dtype))
-    t, s = query.shape[-2], key.shape[-2]
-    seen = open_keys(t, s, query.device, low, high, query_ids, key_ids, anchors, prefix)
+    bounds = (operands[n] for n in ("low", "high", "query_ids", "key_ids", "anchors", "prefix"))
+    seen = open_keys(query.shape[-2], key.shape[-2], query.device, *bounds)
     if seen is not None:
         mask = seen if mask is None else mask & seen
     allowed = _mask_for_kernel(bias, mask)
@@ -64,14 +45,15 @@ def sdpa(
         k,
         v,
         None if allowed is None else _four_dimensional(allowed, query.dim(), is_mask=True),
-        dropout_p,
-        is_causal,
-        scale=scale,
+        operands["dropout_p"],
+        operands["is_causal"],
+        scale=operands["scale"],
         enable_gqa=query.dim() == 4 and key.shape[1] != query.shape[1],
     )
     out = out.reshape(*query.shape[:-1], value.shape[-1])
-    keeps_zero = zero_masked_rows and (mask is None or fill is None or not math.isfinite(fill))
-    if keeps_zero or rows_see_key:
+    fill = operands["fill"]
+    keeps_zero = operands["zero_masked_rows"] and (mask is None or fill is None or not math.isfinite(fill))
+    if keeps_zero or operands["rows_see_key"]:
         return out
     return _restore_blind_rows(out, value, bias, mask, fill)
 

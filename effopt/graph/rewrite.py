@@ -97,6 +97,13 @@ class Match:
     root: Node
     nodes: tuple[Node, ...]
     captures: Mapping[str, Any]
+    known: dict[Callable[[Match], Any], Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, question: Callable[[Match], Any]) -> Any:
+        """What `question(self)` answers: between `legal` and `rewrite` the graph stays as it is."""
+        if question not in self.known:
+            self.known[question] = question(self)
+        return self.known[question]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -18,7 +18,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph import ops
 from effopt.graph.analyses.factors import (
-    COPIES,
     Axes,
     Operand,
     aligned,
@@ -34,6 +33,7 @@ from effopt.graph.analyses.factors import (
     widens,
 )
 from effopt.graph.analyses.lockstep import Along, Apply, Series, State, leaves
+from effopt.graph.analyses.no_ops import COPIES
 from effopt.graph.analyses.recurrences import Recurrence
 from effopt.graph.rewrite import Emit, require
 from effopt.graph.values import is_floating, shape_of, val

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from effopt.backends import chunked_linear_attention as chunked
+from effopt.backends import token_chunks
 from effopt.backends.base import choose
 from effopt.backends.chunked_linear_attention import LOWERINGS, chunked_linear_attention
 from effopt.backends.reference import reference_lowering
@@ -130,8 +130,8 @@ def test_gradients_of_what_is_not_finite_are_no_numbers(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "_CHUNK", 4)
-    monkeypatch.setattr(chunked, "_CHANNEL_CHUNK", 3)
+    monkeypatch.setattr(token_chunks, "CHUNK", 4)
+    monkeypatch.setattr(token_chunks, "CHANNEL_CHUNK", 3)
     operands, options = call_of(kind, 7, d=3, dv=2)
     names = [n for n in ("decay", "state") if options[n] is not None]
 
@@ -151,8 +151,8 @@ def test_chunks_do_not_matter(kind: str, t: int, one: int, other: int, seed: int
     found = []
     for size in (one, other):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chunked, "_CHUNK", size)
-            patch.setattr(chunked, "_CHANNEL_CHUNK", size)
+            patch.setattr(token_chunks, "CHUNK", size)
+            patch.setattr(token_chunks, "CHANNEL_CHUNK", size)
             found.append(chunked_linear_attention(*operands, **options))
     assert_equal(*found)
 

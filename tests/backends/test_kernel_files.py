@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor import config
-from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.async_compile import AsyncCompile, kernel_code_log
 from torch._inductor.utils import fresh_cache
 
 from effopt.backends.inductor import _shared_files
@@ -137,6 +137,14 @@ def test_more_than_one_plain_function_has_a_file_of_its_own(cache: Path, odd: st
     for kernel, added in zip(kernels, (1, 1, 2), strict=True):
         kernel(x, y, 5)
         assert y.equal(x + added)
+
+
+def test_the_log_has_the_source_of_every_kernel(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`TORCH_LOGS=kernel_code`, as without shared files."""
+    with caplog.at_level(logging.INFO, kernel_code_log.name):
+        made(_ADD_ONE, _ADD_ONE.replace("+ 1;", "+ 2;"))
+    assert "+ 1;" in caplog.text
+    assert "+ 2;" in caplog.text
 
 
 def test_kernels_that_do_not_compile_together_are_compiled_alone(

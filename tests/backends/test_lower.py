@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
-from effopt.backends.base import Lowering
+from effopt.backends.base import Lowering, by_operands
 from effopt.backends.lower import Lowered, lower
 from effopt.backends.reference import reference_lowering
 from effopt.graph import ops
@@ -135,3 +136,16 @@ def test_run_takes_the_layout_of_the_op() -> None:
     packed, scale = packed_8(weight)
     result = TURNED.run(x, packed, scale, bits=8, group=0)
     assert torch.equal(result, expected(x, weight))
+
+
+def test_a_function_of_operands_takes_the_arguments_of_the_op() -> None:
+    """Those not given as the schema says; none too few and none of another op, as with a signature."""
+    q = torch.randn(1, 2, 3, 4)
+    told: list[Mapping[str, Any]] = []
+    call = by_operands(ops.attention)(told.append)
+    call(q, q, value=q, scale=0.5, low=-1)
+    (operands,) = told
+    assert operands == ops.attention.bind((q, q, q), {"scale": 0.5, "low": -1})
+    for wrong in ({"scale": 0.5, "eps": 1e-5}, {}):
+        with pytest.raises(TypeError, match="append: expected query, key, value, scale"):
+            call(q, q, q, **wrong)

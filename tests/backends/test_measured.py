@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config
 from torch.nn import functional as F
 
 import effopt
 from effopt.backends import measured, measurements
 from effopt.backends.base import Choice, Lowering, choose
 from effopt.backends.block_attention import LOWERINGS as BLOCKS
+from effopt.backends.made_up_operands import made_up
 from effopt.backends.measured import Measurer
 from effopt.backends.native import LOWERINGS as NATIVE
 from effopt.backends.reference import reference_lowering
@@ -108,7 +110,7 @@ def test_measured_once_and_then_known(races: list[list[str]], own_folder: Path) 
 
 
 def test_what_makes_another_question(races: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Candidates, shapes, strides, dtypes, numbers, gradients, settings of Inductor, versions."""
+    """Candidates, shapes, strides, dtypes, numbers, gradients, all settings of Inductor, versions."""
     q = OPERANDS["query"]
     node = torch.fx.Graph().placeholder("q")
     node.meta["val"] = q
@@ -120,9 +122,15 @@ def test_what_makes_another_question(races: list[list[str]], monkeypatch: pytest
     ask([SDPA, REFERENCE], query=q.half())
     ask([SDPA, REFERENCE], Measurer(frozenset([node])), query=node)
     ask([SDPA, REFERENCE], Measurer(settings={"max_autotune": True}))
+    for last in (0, 1):
+        ask([SDPA, REFERENCE], Measurer(settings={"cpp.simdlen": [*range(100), last]}))
+    with config.patch(max_autotune=True):
+        ask([SDPA, REFERENCE])
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    ask([SDPA, REFERENCE])
     monkeypatch.setattr(torch, "__version__", "99.0")
     ask([SDPA, REFERENCE])
-    assert len(races) == 9
+    assert len(races) == 13
 
 
 @pytest.mark.parametrize(
@@ -130,7 +138,7 @@ def test_what_makes_another_question(races: list[list[str]], monkeypatch: pytest
     [
         "", "{", "[]", "null", '{"format": 1}',
         '{"format": 1, "question": "another", "seconds": {"sdpa": 1}}',
-        "SAME NaN", "SAME none", "SAME text",
+        "SAME NaN", "SAME none", "SAME text", "SAME one", "SAME others",
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_answer_is_ignored_and_written_anew(
@@ -139,7 +147,10 @@ def test_a_file_that_is_no_answer_is_ignored_and_written_anew(
     good = ask([SDPA, REFERENCE])
     (path,) = own_folder.iterdir()
     entry = json.loads(path.read_text())
-    wrong = {"SAME NaN": {"sdpa": float("nan")}, "SAME none": {}, "SAME text": {"sdpa": "fast"}}
+    wrong: dict[str, Any] = {
+        "SAME NaN": {"sdpa": float("nan"), "reference": 1.0}, "SAME none": {}, "SAME one": {"sdpa": 1.0},
+        "SAME text": {"sdpa": "fast", "reference": 1.0}, "SAME others": {"spda": 1.0, "reference": 1.0},
+    }  # fmt: skip
     path.write_text(json.dumps(entry | {"seconds": wrong[text]}) if text in wrong else text)
     measurements.forget()
     again = ask([SDPA, REFERENCE])
@@ -152,8 +163,9 @@ def test_a_file_that_is_no_answer_is_ignored_and_written_anew(
 
 def test_of_several_writers_the_first_decides(own_folder: Path) -> None:
     answers: list[dict[str, float]] = []
+    question = {"op": "x", "lowerings": {"a": "its source"}}
     threads = [
-        threading.Thread(target=lambda i=i: answers.append(measurements.keep({"op": "x"}, {"a": 1.0 + i})))
+        threading.Thread(target=lambda i=i: answers.append(measurements.keep(question, {"a": 1.0 + i})))
         for i in range(8)
     ]
     for thread in threads:
@@ -161,8 +173,16 @@ def test_of_several_writers_the_first_decides(own_folder: Path) -> None:
     for thread in threads:
         thread.join()
     measurements.forget()
-    assert answers == [measurements.recall({"op": "x"})] * 8
+    assert answers == [measurements.recall(question)] * 8
     assert len(list(own_folder.iterdir())) == 1
+
+
+def test_an_answer_may_be_read_by_whom_the_umask_lets(races: list[list[str]], own_folder: Path) -> None:
+    """As other files of the folder: else a cache that several users share is measured anew by each."""
+    ask([SDPA, REFERENCE])
+    (own_folder / "other").touch()
+    kept, other = sorted(own_folder.iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert kept.stat().st_mode == other.stat().st_mode
 
 
 def test_a_folder_that_cannot_be_written_is_reported(
@@ -196,18 +216,35 @@ def test_what_fails_is_not_kept(own_folder: Path) -> None:
     assert list(own_folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("where", ["made_up", "_stopwatch"])
+def test_what_fails_beside_the_candidates_leaves_the_choice_to_the_predictions(
+    where: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for the operands, for instance; a graph compiles all the same, and its budget is spent."""
+
+    def fails(*_: Any) -> Any:
+        raise MemoryError("no memory\nat all")
+
+    monkeypatch.setattr(measured, where, fails)
+    monkeypatch.setattr(measured, "_runnable", lambda *_: lambda: None)
+    measurer = Measurer()
+    assert ask([SDPA, REFERENCE], measurer) == "MemoryError: no memory"
+    assert measurer.spent_s > 0
+    assert list(own_folder.iterdir()) == []
+
+
 def test_made_up_operands() -> None:
     """Sizes, dtypes and strides of the node; lengths that differ; two documents; codes."""
     cache = torch.zeros(3, 9, 2, 4, dtype=torch.float16).transpose(1, 2)
-    made = measured._made_up(cache)
+    made = made_up(cache)
     assert (made.shape, made.stride(), made.dtype) == (cache.shape, cache.stride(), cache.dtype)
-    mask = measured._made_up(torch.ones(3, 1, 1, 9, dtype=torch.bool))
+    mask = made_up(torch.ones(3, 1, 1, 9, dtype=torch.bool))
     assert mask.sum(-1).flatten().tolist() == [3, 6, 9]
-    assert measured._made_up(torch.zeros(5, dtype=torch.bool)).all()
-    assert measured._made_up(torch.zeros(2, 6, dtype=torch.int64)).tolist() == [[0, 0, 0, 1, 1, 1]] * 2
-    assert measured._made_up(torch.zeros(1, 6).expand(4, 6)).stride() == (0, 1)
-    assert measured._made_up(torch.zeros(4, dtype=torch.int8)).dtype == torch.int8
-    assert measured._made_up(7) == 7
+    assert made_up(torch.zeros(5, dtype=torch.bool)).all()
+    assert made_up(torch.zeros(2, 6, dtype=torch.int64)).tolist() == [[0, 0, 0, 1, 1, 1]] * 2
+    assert made_up(torch.zeros(1, 6).expand(4, 6)).stride() == (0, 1)
+    assert made_up(torch.zeros(4, dtype=torch.int8)).dtype == torch.int8
+    assert made_up(7) == 7
 
 
 class Attention(torch.nn.Module):

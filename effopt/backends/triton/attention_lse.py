@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from effopt.backends.base import Lowering
+from effopt.backends.base import Lowering, by_operands
 from effopt.backends.triton.attention_refusals import prepare, supports
 from effopt.backends.triton.attention_tiles import attention_cost, row_tiles
 from effopt.backends.triton.flash_attention import _flash_attention
@@ -30,24 +30,10 @@ _ABSENT = {
 """What `attention` takes besides: rows without keys give 0, and nothing is dropped."""
 
 
-def flash_attention_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    low: int | None = None,
-    high: int | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+@by_operands(ops.attention_lse)
+def flash_attention_lse(operands: Operands) -> tuple[Tensor, Tensor]:
     """`ops.attention_lse` by one kernel; arguments as there, of any strides, up to float32."""
-    out, lse, _, _ = _flash_attention(*prepare({**locals(), **_ABSENT}), 0.0, None)
+    out, lse, _, _ = _flash_attention(*prepare({**operands, **_ABSENT}), 0.0, None)
     return out, lse
 
 

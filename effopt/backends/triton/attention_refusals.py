@@ -41,6 +41,11 @@ def prepare(operands: Operands, drops: bool = False) -> tuple[Any, ...]:
     return (*tensors, operands["scale"], fill, *(operands[name] for name in rest))
 
 
+def as_given(out: Tensor, operands: Operands) -> Tensor:
+    """The result of a custom op, of 4 dimensions, in those of the query."""
+    return out.reshape((*operands["query"].shape[:-1], operands["value"].shape[-1]))
+
+
 def checked(*given: Any) -> AttentionCall:
     """The call of a custom op, whose sizes are numbers now, also where it was traced with symbols.
 

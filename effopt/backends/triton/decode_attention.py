@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effopt.backends.base import Lowering
-from effopt.backends.triton.attention_refusals import checked, prepare, supports
+from effopt.backends.base import Lowering, by_operands
+from effopt.backends.triton.attention_refusals import as_given, checked, prepare, supports
 from effopt.backends.triton.attention_scores import exponential
 from effopt.backends.triton.attention_tiles import (
     PROGRAMS,
@@ -123,31 +123,10 @@ def _keys_seen(call: AttentionCall) -> int:
     return max(0, stop - first) + max(0, min(call.anchored, first, stop)) if call.hides else s
 
 
-def decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    fill: float | None = None,
-    is_causal: bool = False,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    zero_masked_rows: bool = False,
-    rows_see_key: bool = False,
-    low: int | None = None,
-    high: int | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    anchors: int | None = None,
-    prefix: int | None = None,
-) -> Tensor:
+@by_operands(ops.attention)
+def decode_attention(operands: Operands) -> Tensor:
     """`ops.attention` by two kernels, keys divided; arguments as of `flash_attention`."""
-    given = prepare({**locals()})
-    return _decode_attention(*given)[0].reshape((*query.shape[:-1], value.shape[-1]))
+    return as_given(_decode_attention(*prepare(operands))[0], operands)
 
 
 def _divided(operands: Operands) -> int:

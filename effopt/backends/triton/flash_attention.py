@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effopt.backends.base import Lowering
-from effopt.backends.triton.attention_refusals import checked, prepare, supports_training
+from effopt.backends.base import Lowering, by_operands
+from effopt.backends.triton.attention_refusals import as_given, checked, prepare, supports_training
 from effopt.backends.triton.attention_scores import (
     exponential,
     kept_block,
@@ -36,6 +36,7 @@ from effopt.backends.triton.attention_tiles import AttentionCall, attention_cost
 from effopt.backends.triton.flash_attention_backward import differentiate, save
 from effopt.backends.triton.rows import launch
 from effopt.graph import ops
+from effopt.graph.ops.base import Operands
 
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? sinks, Tensor? query_ids, "
@@ -221,36 +222,15 @@ def _(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 _flash_attention.register_autograd(differentiate, setup_context=save)
 
 
-def flash_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    fill: float | None = None,
-    is_causal: bool = False,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    zero_masked_rows: bool = False,
-    rows_see_key: bool = False,
-    low: int | None = None,
-    high: int | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    anchors: int | None = None,
-    prefix: int | None = None,
-) -> Tensor:
+@by_operands(ops.attention)
+def flash_attention(operands: Operands) -> Tensor:
     """`ops.attention` by one kernel; arguments as there, of any strides, up to float32.
 
     Dropout draws its seed from torch's generator of the device, and another mask than SDPA would of it.
     """
-    given = prepare({**locals()}, drops=True)
-    seed = torch.randint(0, 2**63 - 1, (1,), device=query.device) if dropout_p else None
-    out = _flash_attention(*given, dropout_p, seed)[0]
-    return out.reshape((*query.shape[:-1], value.shape[-1]))
+    given, dropout_p = prepare(operands, drops=True), operands["dropout_p"]
+    seed = torch.randint(0, 2**63 - 1, (1,), device=given[0].device) if dropout_p else None
+    return as_given(_flash_attention(*given, dropout_p, seed)[0], operands)
 
 
 FLASH_ATTENTION = Lowering(

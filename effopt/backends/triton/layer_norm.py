@@ -27,21 +27,18 @@ from torch import Tensor
 
 from effopt.backends.base import Lowering
 from effopt.backends.triton.rows import (
-    alike_refusal,
     as_rows,
-    check_alike,
     check_floating,
     check_row,
     elementwise_strides,
     launch,
+    norm_outputs,
+    norm_refusal,
     partial_programs,
-    refusal,
     restride,
     roofline,
-    row_refusal,
     row_stride,
     tile_for,
-    vector_refusal,
 )
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands
@@ -128,11 +125,7 @@ def _forward(
     """Check, allocate, launch. Returns contiguous (normalised, total or None)."""
     check_floating(x=x, residual=residual, weight=weight, bias=bias)
     check_row(x, weight=weight, bias=bias)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = None if residual is None else torch.empty_like(out)
-    if residual is not None:
-        check_alike("residual", residual, x)
-        residual = as_rows(residual) if residual.numel() else residual
+    out, total, residual = norm_outputs(x, residual)
     if x.numel() == 0:
         return out, total
     rows, tile = as_rows(x), tile_for(x.shape[-1])
@@ -286,13 +279,7 @@ def add_layer_norm(
 def _supports(target: Target, operands: Operands) -> str | None:
     x = operands["input"] if "input" in operands else operands["x"]
     residual, weight, bias = (operands.get(name) for name in ("residual", "weight", "bias"))
-    reason = (
-        refusal(target, {"x": x, "residual": residual, "weight": weight, "bias": bias})
-        or alike_refusal("residual", residual, "x", x)
-        or row_refusal("x", x)
-        or vector_refusal("weight", weight, x)
-        or vector_refusal("bias", bias, x)
-    )
+    reason = norm_refusal(target, x, residual, weight=weight, bias=bias)
     if reason:
         return reason
     if len(operands.get("normalized_shape", (1,))) != 1:

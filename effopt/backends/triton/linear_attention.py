@@ -19,7 +19,6 @@ Source: Qin et al. 2024, arXiv:2401.04658, algorithm 1; Yang et al. 2023, arXiv:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,22 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from effopt.backends.triton.attention_scores import load_lines
-from effopt.backends.triton.attention_tiles import multiplied_in
-from effopt.backends.triton.rows import check_floating, launch
+from effopt.backends.triton.linear_attention_call import LinearCall, checked
+from effopt.backends.triton.rows import launch
 from effopt.graph import ops
-
-CHUNK, CHUNK_FLOAT32 = 32, 16
-"""Tokens of a chunk; and in float32, where products are summed without matrix units, whole operands in
-registers. With twice as many the backward pass spills: tests/backends/triton/test_aot.py has the bounds."""
-VALUES = 32
-"""Columns of a state that one program carries."""
-WARPS, STAGES = 4, 1
-"""Nothing is loaded ahead: the backward pass would take more shared memory than a program has."""
-
-
-def chunk_for(dtype: torch.dtype) -> int:
-    """Tokens of a chunk, of a call with at least that many."""
-    return CHUNK_FLOAT32 if dtype == torch.float32 else CHUNK
 
 
 @triton.jit
@@ -152,91 +138,6 @@ def chunk_kernel(
     b_out = tl.dot(b_past.to(WIDE), b_state.to(WIDE), b_out, input_precision="ieee")
     p_tile = p_out + (i_line * t + o_far)[:, None] * dv + o_dv[None, :]
     tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_t[:, None] & m_dv)
-
-
-@dataclass(frozen=True)
-class LinearCall:
-    """One checked call of the op: rows of unit stride, decay `[b, h, t]` of any strides, or None."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    decay: Tensor | None
-    state: Tensor | None
-    scale: float
-
-    @property
-    def chunk(self) -> int:
-        """Tokens of a chunk."""
-        most = chunk_for(self.query.dtype)
-        return min(most, max(16, triton.next_power_of_2(self.query.shape[2])))
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of a head."""
-        return triton.cdiv(self.query.shape[2], self.chunk)
-
-    @property
-    def lines(self) -> int:
-        """Batch entries times heads."""
-        return self.query.shape[0] * self.query.shape[1]
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of columns of the value."""
-        return triton.cdiv(self.value.shape[-1], self.block_dv)
-
-    @property
-    def block_dv(self) -> int:
-        """Columns of such a block."""
-        return min(VALUES, max(16, triton.next_power_of_2(self.value.shape[-1])))
-
-    def decay_strides(self) -> tuple[int, int, int]:
-        """Elements from one decay to the next, by batch entry, head and token."""
-        return (0, 0, 0) if self.decay is None else self.decay.stride()  # type: ignore[return-value]
-
-    def options(self) -> dict[str, Any]:
-        """Constants that all kernels are compiled for."""
-        dot = multiplied_in(self.query)
-        return {
-            "SCALE": self.scale,
-            "HEAD": self.query.shape[-1],
-            "BLOCK_D": triton.next_power_of_2(max(16, self.query.shape[-1])),
-            "BLOCK_DV": self.block_dv,
-            "CHUNK": self.chunk,
-            "num_warps": WARPS,
-            "num_stages": STAGES,
-            # Sums of many products can be beyond float16, whatever their operands are.
-            "DOT": dot,
-            "WIDE": tl.float32 if self.query.dtype == torch.float16 else dot,
-        }
-
-    def new_states(self) -> Tensor:
-        """Room for the states before each chunk, `[b h, chunks, d, dv]`."""
-        sizes = (self.lines, self.chunks, self.query.shape[-1], self.value.shape[-1])
-        return self.query.new_empty(sizes, dtype=torch.float32)
-
-
-def checked(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, state: Tensor | None, scale: float
-) -> LinearCall:
-    """A call as the kernels take it. Raises ValueError or TypeError for what they cannot run."""
-    check_floating(query=query, key=key, value=value, decay=decay, state=state)
-    b, h, t, d = query.shape
-    if key.shape != query.shape or value.shape[:3] != query.shape[:3]:
-        raise ValueError(
-            f"key {list(key.shape)} and value {list(value.shape)} do not go with {list(query.shape)}"
-        )
-    if len({x.dtype for x in (query, key, value)}) > 1 or query.dtype == torch.float64:
-        raise TypeError(f"query, key and value: expected one dtype up to float32, got {query.dtype}")
-    if decay is not None:
-        decay = decay.view(1, h, 1).expand(b, h, t) if decay.dim() == 1 else decay
-        if tuple(decay.shape) != (b, h, t):
-            raise ValueError(f"decay: expected [h] or [b, h, t], got {list(decay.shape)}")
-    if state is not None and tuple(state.shape) != (b, h, d, value.shape[-1]):
-        raise ValueError(f"state: expected [b, h, d, dv], got {list(state.shape)}")
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    return LinearCall(query, key, value, decay, None if state is None else state.contiguous(), scale)
 
 
 def states_of(call: LinearCall) -> tuple[Tensor, Tensor]:

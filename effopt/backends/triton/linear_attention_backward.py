@@ -30,13 +30,12 @@ from effopt.backends.triton.attention_scores import load_lines
 from effopt.backends.triton.attention_tiles import UNMEASURED
 from effopt.backends.triton.linear_attention import (
     between_block,
-    checked,
-    chunk_for,
     linear_attention_forward,
     run_chunks,
     run_states,
     states_of,
 )
+from effopt.backends.triton.linear_attention_call import checked, chunk_for
 from effopt.backends.triton.rows import LAUNCH_S, alike_refusal, launch, refusal
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands, hint

@@ -25,21 +25,18 @@ from torch import Tensor
 
 from effopt.backends.base import Lowering
 from effopt.backends.triton.rows import (
-    alike_refusal,
     as_rows,
-    check_alike,
     check_floating,
     check_row,
     elementwise_strides,
     launch,
+    norm_outputs,
+    norm_refusal,
     partial_programs,
-    refusal,
     restride,
     roofline,
-    row_refusal,
     row_stride,
     tile_for,
-    vector_refusal,
 )
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands
@@ -129,11 +126,7 @@ def _forward(
     """Check, allocate, launch. Returns contiguous (normalised, total or None)."""
     check_floating(x=x, residual=residual, weight=weight)
     check_row(x, weight=weight)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = None if residual is None else torch.empty_like(out)
-    if residual is not None:
-        check_alike("residual", residual, x)
-        residual = as_rows(residual) if residual.numel() else residual
+    out, total, residual = norm_outputs(x, residual)
     if x.numel() == 0:
         return out, total
     rows, tile = as_rows(x), tile_for(x.shape[-1])
@@ -289,13 +282,7 @@ def add_rms_norm(
 
 
 def _supports(target: Target, operands: Operands) -> str | None:
-    x, residual, weight = operands["x"], operands.get("residual"), operands["weight"]
-    return (
-        refusal(target, {"x": x, "residual": residual, "weight": weight})
-        or alike_refusal("residual", residual, "x", x)
-        or row_refusal("x", x)
-        or vector_refusal("weight", weight, x)
-    )
+    return norm_refusal(target, operands["x"], operands.get("residual"), weight=operands["weight"])
 
 
 RMS_NORM = Lowering(ops.rms_norm, "triton", rms_norm, _supports, roofline(ops.rms_norm))

@@ -207,6 +207,29 @@ def vector_refusal(name: str, vector: Tensor | None, x: Tensor) -> str | None:
     return f"{name} has shape {list(vector.shape)}, and the kernel wants [{x.shape[-1]}]"
 
 
+def norm_outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of a norm: its result and the total of x and the residual, unwritten; and the residual as rows.
+
+    Raises:
+        ValueError: the residual does not have the shape and dtype of `x`.
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if residual is None:
+        return out, None, None
+    check_alike("residual", residual, x)
+    return out, torch.empty_like(out), as_rows(residual) if residual.numel() else residual
+
+
+def norm_refusal(target: Target, x: Tensor, residual: Tensor | None, **vectors: Tensor | None) -> str | None:
+    """Why no norm here takes `x`, after the addition of a residual or alone, or None."""
+    return (
+        refusal(target, {"x": x, "residual": residual, **vectors})
+        or alike_refusal("residual", residual, "x", x)
+        or row_refusal("x", x)
+        or next(filter(None, (vector_refusal(name, vector, x) for name, vector in vectors.items())), None)
+    )
+
+
 def roofline(op: Op) -> Callable[[Target, Operands, Any], float]:
     """The cost of a kernel that moves each byte of `op` once: bandwidth time and one launch."""
 

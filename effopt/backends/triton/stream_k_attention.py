@@ -4,14 +4,13 @@
 different lengths, its longest parts are what is waited for; where row tiles are not a divisor of what a
 GPU holds, its last wave is ragged. Here all tiles of keys of all requests and heads stand in one row
 (`stream_k_schedule.py`) that is cut into equal shares. A program walks over its share; whenever a line
-ends it writes (o, m, l) of what it saw of it, in float32. A second kernel merges the parts of each line, in
-order, as `decode_attention.py` does: no atomics, and the bits repeat for equal lengths.
+ends it writes (o, m, l) of what it saw of it, in float32. A second kernel (`stream_k_merge.py`) merges the
+parts of each line: no atomics, and the bits repeat for equal lengths.
 
 Where a mask over keys, such as that of padding, or ids leave a request part of the keys, a small kernel finds
 its first and last tile before; nothing is read on the host.
 
-Source: Sanovar et al. 2024, Lean Attention, arXiv:2405.10480, section 4; the merge: Milakov & Gimelshein
-2018, arXiv:1805.02867, section 3.1. Not measured on a GPU yet.
+Source: Sanovar et al. 2024, Lean Attention, arXiv:2405.10480, section 4. Not measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effopt.backends.base import Lowering
-from effopt.backends.triton.attention_refusals import checked, prepare
+from effopt.backends.base import Lowering, by_operands
+from effopt.backends.triton.attention_refusals import as_given, checked, prepare
 from effopt.backends.triton.attention_refusals import supports as fits_kernels
-from effopt.backends.triton.attention_scores import exponential, load_lines, score_block, seen_keys
+from effopt.backends.triton.attention_scores import exponential, load_lines, score_block
 from effopt.backends.triton.attention_tiles import (
     PROGRAMS,
     AttentionCall,
@@ -40,9 +39,10 @@ from effopt.backends.triton.attention_tiles import (
 from effopt.backends.triton.decode_attention import LEAST_KEYS
 from effopt.backends.triton.flash_attention import SCHEMA, outputs
 from effopt.backends.triton.rows import LAUNCH_S, launch
+from effopt.backends.triton.stream_k_merge import MERGED_ROWS, merge_lines_kernel
 from effopt.backends.triton.stream_k_schedule import (
+    extents_kernel,
     place_of_tile,
-    programs_of_line,
     share_of_tiles,
     tiles_of_requests,
 )
@@ -53,29 +53,6 @@ from effopt.target import Target
 MOST_ROWS, MOST_REQUESTS = 128, 1024
 """Rows of a KV head, and requests. With more rows programs are many enough; every program adds up the
 lengths of all requests."""
-MERGED_ROWS = 4
-
-
-@triton.jit(do_not_specialize=["t", "first", "stop"])
-def extents_kernel(
-    p_mask, p_query_ids, p_key_ids, p_extents, mask_strides, query_ids_stride, key_ids_stride, t, first, stop,
-    MASK_OVER_KEYS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
-):  # fmt: skip
-    """First tile of keys, and number of tiles, that ids and a mask over keys leave a request."""
-    i_b = tl.program_id(0).to(tl.int64)
-    o_t = tl.arange(0, QUERIES)
-    b_query_ids = o_t
-    if p_key_ids is not None:
-        p_key_ids += i_b * key_ids_stride
-        b_query_ids = tl.load(p_query_ids + i_b * query_ids_stride + o_t, mask=o_t < t, other=0).to(tl.int64)
-    if p_mask is not None:
-        p_mask += i_b * mask_strides[0]
-    first, stop = seen_keys(
-        first, stop, p_mask, b_query_ids, p_key_ids, o_t < t, mask_strides[3], MASK_OVER_KEYS
-    )
-    tl.store(p_extents + i_b, first // KEYS)
-    count = tl.where(stop > first, tl.cdiv(stop, KEYS) - first // KEYS, 0)
-    tl.store(p_extents + tl.num_programs(0) + i_b, count)
 
 
 @triton.jit(do_not_specialize=["t", "s", "low", "high", "prefix", "batch", "first", "count"])
@@ -159,58 +136,6 @@ def stream_k_kernel(
         tile += taken
 
 
-@triton.jit(do_not_specialize=["t", "batch", "first", "count", "programs"])
-def merge_lines_kernel(
-    p_sum, p_peak, p_total, p_sinks, p_extents, p_out, p_lse, sink_stride, hkv, group, t, batch,
-    first, count, programs,
-    UNIT: tl.constexpr, ZERO_ROWS: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ROWS: tl.constexpr, REQUESTS: tl.constexpr, MERGED: tl.constexpr,
-):  # fmt: skip
-    """Merge the parts of some rows of one line, and of their sinks; write the result and its log-sum-exp."""
-    o_b = tl.arange(0, REQUESTS)
-    _, b_count = tiles_of_requests(p_extents, o_b, batch, first, count)
-    row_tiles = tl.cdiv(t * group, ROWS)
-    lines = hkv * row_tiles
-    share, _ = share_of_tiles(b_count, lines, programs)
-    i_line = tl.program_id(0) // (ROWS // MERGED)
-    i_b, i_line = i_line // lines, i_line % lines
-    i_program, parts = programs_of_line(i_b, i_line, o_b, b_count, lines, share)
-    o_in_tile = (tl.program_id(0) % (ROWS // MERGED)) * MERGED + tl.arange(0, MERGED)
-    o_row = (i_line % row_tiles) * ROWS + o_in_tile
-    m_row = o_row < t * group
-    o_t, o_head = o_row // group, (i_line // row_tiles).to(tl.int64) * group + o_row % group
-    o_dv = tl.arange(0, BLOCK_DV)
-    m_tile = m_row[:, None] & (o_dv < VALUE_HEAD)[None, :]
-    b_peak = tl.full([MERGED], float("-inf"), tl.float32)
-    b_total = tl.zeros([MERGED], tl.float32)
-    if p_sinks is not None:
-        # One more score, without a value. Where it is -inf it has no weight.
-        b_peak = tl.load(p_sinks + o_head * sink_stride, mask=m_row, other=0.0).to(tl.float32)
-        b_total = tl.where(b_peak == float("-inf"), 0.0, 1.0)
-    b_sum = tl.zeros([MERGED, BLOCK_DV], tl.float32)
-    o_part = (i_program.to(tl.int64) + i_b.to(tl.int64) * lines + i_line) * ROWS + o_in_tile
-    for _ in tl.range(0, parts):
-        b_part_peak = tl.load(p_peak + o_part, mask=m_row, other=float("-inf"))
-        b_part_total = tl.load(p_total + o_part, mask=m_row, other=0.0)
-        b_part_sum = tl.load(p_sum + o_part[:, None] * VALUE_HEAD + o_dv[None, :], mask=m_tile, other=0.0)
-        b_new = tl.maximum(b_peak, b_part_peak)
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_shrink, b_grow = exponential(b_peak - b_base, UNIT), exponential(b_part_peak - b_base, UNIT)
-        b_total = b_total * b_shrink + b_part_total * b_grow
-        b_sum = b_sum * b_shrink[:, None] + b_part_sum * b_grow[:, None]
-        b_peak = b_new
-        o_part += ROWS
-    b_safe = tl.where(b_total == 0.0, 1.0, b_total)
-    b_sum = b_sum / b_safe[:, None]
-    if not ZERO_ROWS:
-        b_sum = tl.where((b_total == 0.0)[:, None], float("nan"), b_sum)
-    o_line = (i_b.to(tl.int64) * hkv * group + o_head) * t + o_t
-    tl.store(p_lse + o_line, b_peak * (1.0 / UNIT) + tl.log(b_safe), mask=m_row)
-    tl.store(
-        p_out + o_line[:, None] * VALUE_HEAD + o_dv[None, :], b_sum.to(p_out.dtype.element_ty), mask=m_tile
-    )
-
-
 @dataclass(frozen=True)
 class Stream:
     """One call with rows, as the two kernels take it."""
@@ -271,16 +196,8 @@ def _stream_of(call: AttentionCall) -> Stream:
             extents_kernel,
             b,
             query,
-            *(
-                mask if options["MASK_OVER_KEYS"] else None,
-                query_ids,
-                key_ids,
-                extents,
-                *strides[4:],
-                t,
-                first,
-                stop,
-            ),
+            *(mask if options["MASK_OVER_KEYS"] else None, query_ids, key_ids, extents),
+            *(*strides[4:], t, first, stop),
             MASK_OVER_KEYS=options["MASK_OVER_KEYS"],
             KEYS=keys,
             QUERIES=triton.next_power_of_2(t),
@@ -305,35 +222,13 @@ def _(*given: Any) -> tuple[Tensor, Tensor]:
     return outputs(AttentionCall(*given))
 
 
-def stream_k_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    fill: float | None = None,
-    is_causal: bool = False,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    zero_masked_rows: bool = False,
-    rows_see_key: bool = False,
-    low: int | None = None,
-    high: int | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    anchors: int | None = None,
-    prefix: int | None = None,
-) -> Tensor:
+@by_operands(ops.attention)
+def stream_k_attention(operands: Operands) -> Tensor:
     """`ops.attention` of few rows by shares of tiles; arguments as of `flash_attention`."""
-    operands = {**locals()}
     reason = _apart(operands)
     if reason is not None:
         raise ValueError(reason)
-    given = prepare(operands)
-    return _stream_k_attention(*given)[0].reshape((*query.shape[:-1], value.shape[-1]))
+    return as_given(_stream_k_attention(*prepare(operands))[0], operands)
 
 
 def _apart(operands: Operands) -> str | None:

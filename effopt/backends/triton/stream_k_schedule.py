@@ -13,6 +13,30 @@ Attention, arXiv:2405.10480, section 4.
 import triton
 import triton.language as tl
 
+from effopt.backends.triton.attention_scores import seen_keys
+
+
+@triton.jit(do_not_specialize=["t", "first", "stop"])
+def extents_kernel(
+    p_mask, p_query_ids, p_key_ids, p_extents, mask_strides, query_ids_stride, key_ids_stride, t, first, stop,
+    MASK_OVER_KEYS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """First tile of keys, and number of tiles, that ids and a mask over keys leave a request."""
+    i_b = tl.program_id(0).to(tl.int64)
+    o_t = tl.arange(0, QUERIES)
+    b_query_ids = o_t
+    if p_key_ids is not None:
+        p_key_ids += i_b * key_ids_stride
+        b_query_ids = tl.load(p_query_ids + i_b * query_ids_stride + o_t, mask=o_t < t, other=0).to(tl.int64)
+    if p_mask is not None:
+        p_mask += i_b * mask_strides[0]
+    first, stop = seen_keys(
+        first, stop, p_mask, b_query_ids, p_key_ids, o_t < t, mask_strides[3], MASK_OVER_KEYS
+    )
+    tl.store(p_extents + i_b, first // KEYS)
+    count = tl.where(stop > first, tl.cdiv(stop, KEYS) - first // KEYS, 0)
+    tl.store(p_extents + tl.num_programs(0) + i_b, count)
+
 
 @triton.jit
 def tiles_of_requests(p_extents, o_b, batch, first, count):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from effopt.graph.analyses.causal_distance import condition_at, distance_at, place_in, stop
+from effopt.graph.analyses.causal_distance import CASTS, condition_at, distance_at, place_in, stop
 from effopt.graph.analyses.masks import conditions as c
 from effopt.graph.analyses.masks.evaluation import evaluate
 from effopt.graph.analyses.masks.moves import Place, aligned, scalar, source_of
@@ -27,7 +27,6 @@ from effopt.graph.rewrite import require
 from effopt.graph.values import is_floating, val
 
 _aten = torch.ops.aten
-_CASTS = {_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default}
 _TIMES = {_aten.mul.Tensor, _aten.mul.Scalar}
 _OVER = {_aten.div.Tensor, _aten.div.Scalar}
 _WHERE = {_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar}
@@ -117,7 +116,7 @@ def _weight(node: Node, place: Place, reader: Reader) -> Weight:
     if node.op != "call_function":
         raise stop(node)
     args: Any = node.args
-    if node.target in _CASTS and (val(args[0]).dtype == torch.bool or val(node).dtype.is_floating_point):
+    if node.target in CASTS and (val(args[0]).dtype == torch.bool or val(node).dtype.is_floating_point):
         return _weight(args[0], place, reader).held_as(val(node).dtype)
     if node.target in (_aten.tril.default, _aten.triu.default):
         return _weight(args[0], place, reader).where(triangle(node, place))

@@ -22,7 +22,7 @@ from effopt.graph.rewrite import Reject
 from effopt.graph.values import is_floating, shape_of, val
 
 _aten = torch.ops.aten
-_CASTS = {_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default}
+CASTS = {_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default}
 _CLAMPS = {_aten.clamp.default, _aten.clamp_min.default, _aten.relu.default}
 _EXACT = (torch.float32, torch.float64)
 """Dtypes that hold the indices of any mask that fits into memory."""
@@ -126,7 +126,7 @@ def _clamp(node: Node, place: Place, reader: Reader) -> Sum:
 
 
 _DISTANCES: dict[Any, Callable[[Node, Place, Reader], Sum]] = {
-    **dict.fromkeys(_CASTS, lambda node, place, reader: _of(node, node.args[0], place, reader)),
+    **dict.fromkeys(CASTS, lambda node, place, reader: _of(node, node.args[0], place, reader)),
     **dict.fromkeys((_aten.sub.Tensor, _aten.sub.Scalar), _sum(-1)),
     **dict.fromkeys((_aten.add.Tensor, _aten.add.Scalar), _sum(1)),
     **dict.fromkeys((_aten.arange.default, _aten.arange.start, _aten.arange.start_step), _arange),

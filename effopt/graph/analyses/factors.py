@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.lockstep import Along, Apply, Same, Series
-from effopt.graph.analyses.no_ops import stands_for
+from effopt.graph.analyses.no_ops import COPIES, stands_for
 from effopt.graph.matching import bound_arguments
 from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of, val
@@ -23,7 +23,6 @@ from effopt.graph.values import shape_of, val
 _aten = torch.ops.aten
 Axes = tuple[str | None, ...]
 """What each dimension of a value is, by a letter; `t` is time; None is one of size 1 that broadcasts."""
-COPIES = (_aten.clone.default, _aten.contiguous.default, _aten.alias.default)
 
 
 @dataclass(frozen=True)

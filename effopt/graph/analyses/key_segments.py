@@ -17,11 +17,13 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.heads import equal
+from effopt.graph.analyses.no_ops import COPIES
 from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of, val
 
 _aten = torch.ops.aten
-_COPIES = (_aten.clone.default, _aten.contiguous.default, _aten.detach.default, _aten.alias.default)
+_COPIES = (*COPIES, _aten.detach.default)
+"""Of inference, for which keys are read in parts: no gradient is asked for behind a `detach`."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ def segments_of(key: Node, value: Node) -> tuple[Segment, ...]:
         equal(shape_of(k)[-2:-1], shape_of(v)[-2:-1]) for k, v in zip(keys, values, strict=True)
     )
     require(alike, reason, value)
+    for parts in (keys, values):
+        dtypes = sorted({str(val(part).dtype) for part in parts})
+        cast = f"parts of {' and '.join(dtypes)}, which are cast when they are joined; make them of one dtype"
+        require(len(dtypes) == 1, cast, parts[0])
     return tuple(Segment(k, v, shared(k), shared(v)) for k, v in zip(keys, values, strict=True))
 
 

@@ -17,6 +17,8 @@ from effopt.graph.ops.base import bind_schema
 from effopt.graph.values import val
 
 _aten = torch.ops.aten
+COPIES = (_aten.clone.default, _aten.contiguous.default, _aten.alias.default)
+"""Calls that give back equal values, perhaps with other strides, and the same gradients."""
 _NARROW_IN_WIDE = {
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float32),

@@ -52,7 +52,7 @@ class SplitAttentionByAxis(Rewrite):
 
     def legal(self, m: Match) -> None:
         require((m.mask is None) != (m.bias is None), "", m.root)
-        lines = _lines(m)
+        lines = m.once(_lines)
         require(len(shape_of(m.q)) == 4, "no batch and heads: 4 dimensions are divided into lines", m.root)
         static = all(type(n) is int for x in (m.q, m.k, m.v) for n in shape_of(x)[1:])
         require(static, "heads or head sizes are symbolic", m.root)
@@ -65,7 +65,7 @@ class SplitAttentionByAxis(Rewrite):
         require(lines.length > 1, f"lines of {lines.length} position", m.root)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
-        lines = _lines(m)
+        lines = m.once(_lines)
         kept = {n: m.captures[n] for n in ("scale", "softcap", "sinks") if m.captures[n] is not None}
         kept |= {"is_causal": True} if lines.is_causal or m.is_causal else {}
         kept |= {"rows_see_key": True}

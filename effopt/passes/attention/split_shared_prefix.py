@@ -112,6 +112,8 @@ class SplitSharedPrefix(Rewrite):
         yield Example(_over_prefix, (q, batch, own), "is proved to be the same", training=False)
         yield Example(_over_prefix, (q, prefix, own), "training: ", training=True)
         yield Example(_over_prefix, (q[:1], prefix, own[:1]), "the batch is 1", training=False)
+        narrow = (q, prefix.bfloat16(), own)
+        yield Example(_over_prefix, narrow, "parts of torch.bfloat16 and torch.float32", training=False)
         short = (q, prefix[:, :, :1], own)
         yield Example(_over_prefix, short, "joining the parts moves", training=False)
         inside = lambda q, p, own: attend(q, k := _joined(q, p, own), k, is_causal=True)  # noqa: E731

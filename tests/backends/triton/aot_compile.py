@@ -42,12 +42,15 @@ from effopt.backends.triton import (
     layer_norm,
     linear_attention,
     linear_attention_backward,
+    linear_attention_call,
     quantized_linear,
     rms_norm,
     rope,
     rows,
     selective_scan,
     stream_k_attention,
+    stream_k_merge,
+    stream_k_schedule,
 )
 
 TARGETS = {
@@ -211,10 +214,10 @@ def attention_cases() -> Iterator[Case]:
     yield f"{name}-stream-k", stream_k_attention.stream_k_kernel, dtype, streamed
     yield "attention-merge", decode_attention.merge_parts_kernel, "bf16", merge
     lines = {n: v for n, v in merge.items() if n != "num_warps"} | {"VALUE_HEAD": 128, "REQUESTS": 64}
-    lines |= {"MERGED": stream_k_attention.MERGED_ROWS, "ROWS": options["ROWS"]}
-    yield "attention-merge lines", stream_k_attention.merge_lines_kernel, "bf16", lines
+    lines |= {"MERGED": stream_k_merge.MERGED_ROWS, "ROWS": options["ROWS"]}
+    yield "attention-merge lines", stream_k_merge.merge_lines_kernel, "bf16", lines
     extents = {"MASK_OVER_KEYS": True, "KEYS": options["KEYS"], "QUERIES": 16}
-    yield "attention-extents", stream_k_attention.extents_kernel, "bf16", extents
+    yield "attention-extents", stream_k_schedule.extents_kernel, "bf16", extents
 
 
 def attention_gradient_cases() -> Iterator[Case]:
@@ -287,12 +290,12 @@ def scan_cases() -> Iterator[Case]:
 
 def linear_attention_cases() -> Iterator[Case]:
     """The heaviest: decay of each token, heads of 128; and float32, summed without matrix units."""
-    forward, backward = linear_attention, linear_attention_backward
+    forward, backward, call = linear_attention, linear_attention_backward, linear_attention_call
     for dtype, head in (("bf16", 128), ("fp32", 64)):
         wide = tl.bfloat16 if dtype == "bf16" else tl.float32
-        chunk = forward.chunk_for(DTYPES[dtype])
-        options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "BLOCK_DV": forward.VALUES, "CHUNK": chunk}
-        options |= {"DOT": wide, "WIDE": wide, "num_warps": forward.WARPS, "num_stages": forward.STAGES}
+        chunk = call.chunk_for(DTYPES[dtype])
+        options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "BLOCK_DV": call.VALUES, "CHUNK": chunk}
+        options |= {"DOT": wide, "WIDE": wide, "num_warps": call.WARPS, "num_stages": call.STAGES}
         tail = f"{dtype}-{head}"
         for reverse in (False, True):
             name = f"linear_attention-states-{tail}" + "-reverse" * reverse

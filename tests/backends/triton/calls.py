@@ -11,6 +11,10 @@ from torch import Tensor
 from effopt.backends.base import Lowering
 from effopt.graph.ops import Sample
 from effopt.graph.tolerances import TOLERANCES
+from effopt.target import Target
+
+H100 = Target("cuda", "sm_90", 4.3e12, 7.9e14)
+"""What choices and refusals are asked for: no GPU is needed to predict for one."""
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:

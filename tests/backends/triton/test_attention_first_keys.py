@@ -13,8 +13,8 @@ from effopt.backends.triton.attention_tiles import share_of_keys
 from effopt.graph import ops
 from effopt.graph.ops import Sample
 from tests.backends.triton.attention_calls import assert_attention_gradients
+from tests.backends.triton.calls import H100
 from tests.backends.triton.test_attention_kernels import (
-    H100,
     KERNELS,
     LEAST,
     assert_values,

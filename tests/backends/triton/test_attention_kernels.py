@@ -23,10 +23,8 @@ from effopt.graph import ops
 from effopt.graph.equivalence import difference
 from effopt.graph.ops import Sample
 from effopt.graph.tolerances import tolerance_of
-from effopt.target import Target
 from tests.backends.triton.calls import double
 
-H100 = Target("cuda", "sm_90", 4.3e12, 7.9e14)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST = torch.finfo(torch.float32).min
 KERNELS = {"whole": FLASH_ATTENTION, "divided": DECODE_ATTENTION, "streamed": STREAM_K_ATTENTION}

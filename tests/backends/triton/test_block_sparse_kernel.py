@@ -13,10 +13,7 @@ from effopt.graph.equivalence import difference
 from effopt.graph.ops import Sample
 from effopt.graph.ops.block_sparse_attention import MASKED_ROWS, blocks_in
 from effopt.graph.tolerances import tolerance_of
-from effopt.target import Target
-from tests.backends.triton.calls import double
-
-H100 = Target("cuda", "sm_90", 4.3e12, 7.9e14)
+from tests.backends.triton.calls import H100, double
 
 
 def assert_values(sample: Sample) -> None:

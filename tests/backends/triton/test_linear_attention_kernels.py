@@ -15,10 +15,8 @@ from effopt.backends.reference import reference_lowering
 from effopt.backends.triton.linear_attention_backward import LINEAR_ATTENTION
 from effopt.graph import ops
 from effopt.graph.ops import Sample
-from effopt.target import Target
-from tests.backends.triton.calls import assert_near, assert_values, double, gradients
+from tests.backends.triton.calls import H100, assert_near, assert_values, double, gradients
 
-GPU = Target("cuda", "sm_90", 4.3e12, 7.9e14)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -154,7 +152,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusal(name: str) -> None:
     bound, reason = REFUSED[name]
-    assert reason in (LINEAR_ATTENTION.supports(GPU, bound) or "")
+    assert reason in (LINEAR_ATTENTION.supports(H100, bound) or "")
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -162,6 +160,6 @@ def test_choice_on_a_gpu(training: bool) -> None:
     bound = operands(t=4096, decay=meta(8))
     result = (bound["query"], meta(2, 8, 64, 64))
     lowerings = [LINEAR_ATTENTION, *CHUNKED, reference_lowering(ops.linear_attention)]
-    assert choose(lowerings, GPU, bound, result, training).lowering.name == "triton"
+    assert choose(lowerings, H100, bound, result, training).lowering.name == "triton"
     by_channel = operands(t=4096, decay=meta(2, 8, 4096, 64))
-    assert choose(lowerings, GPU, by_channel, result, training).lowering.name == "chunked"
+    assert choose(lowerings, H100, by_channel, result, training).lowering.name == "chunked"

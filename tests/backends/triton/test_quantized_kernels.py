@@ -18,9 +18,8 @@ from effopt.graph.ops.int8_linear import quantize_tokens
 from effopt.graph.round_to_nearest import quantize_rows
 from effopt.graph.tolerances import tolerance_of
 from effopt.target import Target
-from tests.backends.triton.calls import double
+from tests.backends.triton.calls import H100, double
 
-H100 = Target("cuda", "sm_90", 4.3e12, 7.9e14)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 

@@ -14,9 +14,9 @@ from effopt.backends.base import Lowering
 from effopt.backends.triton import ROW_KERNELS
 from effopt.graph.ops import Sample
 from effopt.target import Target, target_of
+from tests.backends.triton.calls import H100
 
 BY_NAME = {lowering.op.name: lowering for lowering in ROW_KERNELS}
-H100 = Target("cuda", "sm_90", 4.3e12, 7.9e14)
 every_lowering = pytest.mark.parametrize("lowering", ROW_KERNELS, ids=BY_NAME)
 X, W = torch.zeros(2, 3, 8), torch.zeros(8)
 LONG = torch.zeros(1, 8193)

@@ -19,10 +19,7 @@ from effopt.backends.triton.stream_k_schedule import (
     tiles_of_requests,
 )
 from effopt.graph import ops
-from effopt.target import Target
-from tests.backends.triton.calls import assert_near, double
-
-H100 = Target("cuda", "sm_90", 4.3e12, 7.9e14)
+from tests.backends.triton.calls import H100, assert_near, double
 
 
 @triton.jit
