@@ -33,10 +33,10 @@ demo: .venv/installed  ## a small model, compiled, checked and reported on
 	$(BIN)/effopt demo $(ARGS)
 
 test: .venv/plugin  ## all tests but the sweep; ARGS='tests/graph -k blocks' narrows them
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
 
 sweep: .venv/plugin  ## the tests marked slow: capture of sixty more architectures
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
 
 check: .venv/installed  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -23,6 +23,7 @@ from effopt.tradeoff.contender import reader
 from effopt.tradeoff.reference import Reference
 from tests.models import eager_twin
 
+pytestmark = pytest.mark.xdist_group("tradeoff")  # most tests read one result, which takes 20 s to make
 TIER = Tier(context=32, stride=16, rows=2, resamples=100)
 DECODING = Decoding(prompt_tokens=8, cache_tokens=40, rounds=3, steps=2)
 SAME, FEWER, PAIRS = "skip-layers{keep=1}", "skip-layers{layers=[1]}", "share-kv-across-layers{group=2}"

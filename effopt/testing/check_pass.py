@@ -82,9 +82,11 @@ def check_pass(pass_: Pass | type[Pass], *, mutate: bool = True) -> PassCheck:
     earlier = _earlier(instance)
     for index, sample in enumerate(instance.samples()):
         done.samples += 1
-        _check_sample(instance, earlier, sample, f"sample {index}", done)
-        if mutate and instance.exact and isinstance(instance, Rewrite):
-            _check_mutants(instance, earlier, sample, f"sample {index}", done)
+        prepared = _check_sample(instance, earlier, sample, f"sample {index}", done)
+        if prepared is None:
+            done.problems.append(f"sample {index}: no variant of it was captured: {done.skipped[-1]}")
+        elif mutate and instance.exact and isinstance(instance, Rewrite):
+            _check_mutants(instance, prepared, f"sample {index}", done)
     for index, refusal in enumerate(instance.refusals()):
         done.refusals += 1
         done.problems.extend(_refusal_problems(instance, earlier, refusal, f"refusal {index}"))
@@ -132,7 +134,11 @@ def _earlier(pass_: Pass) -> list[Pass]:
     ]
 
 
-def _check_sample(pass_: Pass, earlier: Sequence[Pass], sample: Example, where: str, done: PassCheck) -> None:
+def _check_sample(
+    pass_: Pass, earlier: Sequence[Pass], sample: Example, where: str, done: PassCheck
+) -> Trial | None:
+    """Try all variants. Returns the first as it was before the pass."""
+    first = None
     for variant in VARIANTS:
         if sample.training is not None and sample.training != variant.training:
             continue
@@ -146,19 +152,22 @@ def _check_sample(pass_: Pass, earlier: Sequence[Pass], sample: Example, where: 
                 raise
             done.skipped.append(f"{at}: {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
-        fired, problems = _try(pass_, earlier, trial)
+        faults = run_passes(trial, earlier).faults
+        original = trial.copy()
+        first = first or original
+        fired, problems = _try(pass_, trial, original)
+        problems = [*faults, *problems]
         done.variants += fired
         done.problems.extend(f"{at}: {problem}" for problem in problems)
         if variant.must_fire and not fired:
             done.problems.append(f"{at}: did not fire")
+    return first
 
 
-def _try(pass_: Pass, earlier: Sequence[Pass], trial: Trial) -> tuple[bool, list[str]]:
+def _try(pass_: Pass, trial: Trial, original: Trial) -> tuple[bool, list[str]]:
     """Whether the pass fired, and what went wrong."""
-    prepared = run_passes(trial, earlier)
-    original = trial.copy()
     report = run_passes(trial, [pass_], verify="always")
-    problems = [*prepared.faults, *report.faults]
+    problems = list(report.faults)
     fired = bool(report.applied)
     if report.checks["failed"]:
         problems.append(next(r.reason for r in report.rejected if "check failed" in r.reason))
@@ -191,11 +200,7 @@ def _refusal_problems(pass_: Pass, earlier: Sequence[Pass], refusal: Example, wh
         yield f"{where}: no reason holds {refusal.reason!r}; given were {reasons}"
 
 
-def _check_mutants(
-    pass_: Pass, earlier: Sequence[Pass], sample: Example, where: str, done: PassCheck
-) -> None:
-    trial = capture_example(sample, training=bool(sample.training))
-    run_passes(trial, earlier)
+def _check_mutants(pass_: Pass, trial: Trial, where: str, done: PassCheck) -> None:
     for words, mutant in mutants(trial):
         done.mutants += 1
         original = mutant.copy()

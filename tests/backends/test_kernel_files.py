@@ -67,7 +67,7 @@ def made(*sources: str) -> list[Any]:
     return list(scope.values())
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_graph_is_one_library_forward_and_one_backward(cache: Path, threads: int) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -124,8 +124,10 @@ def test_kernels_keep_their_arguments_and_say_what_is_wrong(cache: Path) -> None
     "odd",
     [
         _ADD_ONE.replace('extern "C"', 'inline int twice(int a)\n{\n    return 2 * a;\n}\nextern "C"'),
-        _ADD_ONE + "inline int twice(int a)\n{\n    return 2 * a;\n}\n",
-        _ADD_ONE.replace("{\n    for", "{\n    #define STEP 1\n    for"),
+        pytest.param(_ADD_ONE + "inline int twice(int a)\n{\n    return 2 * a;\n}\n", marks=pytest.mark.slow),
+        pytest.param(
+            _ADD_ONE.replace("{\n    for", "{\n    #define STEP 1\n    for"), marks=pytest.mark.slow
+        ),
         _ADD_ONE.replace("cpp_prefix.h>", "cpp_prefix.h>\n#include <cmath>"),
     ],
     ids=["function-before", "function-after", "macro", "header"],
@@ -169,7 +171,7 @@ def test_long_kernels_are_spread_over_files() -> None:
     assert kernel_files._files([]) == []
 
 
-@pytest.mark.parametrize("how", ["option", "configuration"])
+@pytest.mark.parametrize("how", ["option", pytest.param("configuration", marks=pytest.mark.slow)])
 def test_the_users_pass_in_the_same_slot_takes_its_place(cache: Path, how: str) -> None:
     torch._dynamo.reset()
     model, x, calls = TwoProducts().eval(), torch.randn(7, 24), []

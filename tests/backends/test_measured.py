@@ -259,7 +259,7 @@ class Attention(torch.nn.Module):
         return F.scaled_dot_product_attention(q, q, q).sum(1)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_graph_is_measured_and_says_so(
     training: bool, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

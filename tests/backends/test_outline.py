@@ -43,7 +43,11 @@ def outlined_counts(report: Any) -> list[int]:
     return [block.count for graph in report.graphs for block in graph.outlined if not block.left]
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["last", "every-layer-returned-as-a-view"])
+@pytest.mark.parametrize(
+    "keep",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["last", "every-layer-returned-as-a-view"],
+)
 def test_training_gradients_equal_eager(keep: bool) -> None:
     """Saved activations that alias a block's operands must survive buffer reuse (backends/aliasing.py)."""
     torch.manual_seed(0)
@@ -172,7 +176,9 @@ class Chain(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("cut", [-1, 2], ids=["whole", "cut-in-the-middle"])
+@pytest.mark.parametrize(
+    "cut", [pytest.param(-1, marks=pytest.mark.slow), 2], ids=["whole", "cut-in-the-middle"]
+)
 def test_a_subgraph_does_not_write_into_its_operands(cut: int) -> None:
     """Inductor 2.13 lets a subgraph's backward overwrite its tangent (backends/inductor.py)."""
     torch.manual_seed(0)

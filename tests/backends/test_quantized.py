@@ -68,8 +68,8 @@ def assert_values(lowering: Lowering, call: Callable[..., Any], args: tuple[Any,
     [
         ((1,), 256, 70, 4, 128, True, torch.bfloat16),
         ((2, 2), 64, 5, 8, 0, False, torch.float32),
-        ((1, 1), 200, 17, 8, 50, False, torch.bfloat16),
-        ((2,), 130, 17, 4, 16, False, torch.float32),
+        pytest.param((1, 1), 200, 17, 8, 50, False, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param((2,), 130, 17, 4, 16, False, torch.float32, marks=pytest.mark.slow),
     ],
 )
 def test_through_inductor(
@@ -135,7 +135,7 @@ def test_integers_to_the_bit(rows: tuple[int, ...], k: int, n: int) -> None:
 
 
 @EXACT
-@pytest.mark.parametrize("rows", [(1, 1), (2, 20)])
+@pytest.mark.parametrize("rows", [(1, 1), pytest.param((2, 20), marks=pytest.mark.slow)])
 def test_integers_through_inductor(rows: tuple[int, ...]) -> None:
     """One row included, whose codes Inductor gives a stride for which the product is wrong."""
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ row of `ARCHITECTURES` adds what its configuration calls by another name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,11 @@ import transformers
 def sampled(names: Iterable[Any], *fast: Any) -> list[Any]:
     """All of them as parameters, but only `fast` ones in `make test`; `make sweep` runs the others."""
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def sampled_rows(rows: Iterable[tuple[Any, ...]], fast: Callable[..., bool]) -> list[Any]:
+    """The same for several arguments at once: rows that `fast` is true of run in `make test`."""
+    return [row if fast(*row) else pytest.param(*row, marks=pytest.mark.slow) for row in rows]
 
 
 _SHAPE: dict[str, Any] = {

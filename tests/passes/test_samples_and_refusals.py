@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -20,8 +20,17 @@ OURS = {
     "fuse-residual-norm", "pack-projections",
 }  # fmt: skip
 PASSES = [p for f in (canonicalize, cleanup, fusion) for p in f.PASSES if p.name in OURS]
-SAMPLES = [(p, e, f"{p.name}-{i}") for p in PASSES for i, e in enumerate(p().samples())]
-REFUSALS = [(p, e, f"{p.name}-{i}") for p in PASSES for i, e in enumerate(p().refusals())]
+
+
+def named(examples: Callable[[Pass], Iterable[Example]]) -> list[Any]:
+    """Those of every pass. All but the first of a pass are slow: tests/conformance tries each of them too."""
+    return [
+        pytest.param(pass_, example, id=f"{pass_.name}-{i}", marks=[pytest.mark.slow] if i else [])
+        for pass_ in PASSES
+        for i, example in enumerate(examples(pass_()))
+    ]
+
+
 # float32: reassociated sums over 24 elements. bfloat16 and float16: one rounding of the result each way.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
@@ -56,7 +65,7 @@ def _tensors(result: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(("pass_", "example"), [s[:2] for s in SAMPLES], ids=[s[2] for s in SAMPLES])
+@pytest.mark.parametrize(("pass_", "example"), named(lambda pass_: pass_.samples()))
 def test_sample_is_rewritten(
     pass_: type[Pass], example: Example, training: bool, compiled: Callable[..., Any]
 ) -> None:
@@ -65,7 +74,7 @@ def test_sample_is_rewritten(
     assert run(compiled, pass_, example, training).counts[pass_.name] > 0
 
 
-@pytest.mark.parametrize(("pass_", "example"), [r[:2] for r in REFUSALS], ids=[r[2] for r in REFUSALS])
+@pytest.mark.parametrize(("pass_", "example"), named(lambda pass_: pass_.refusals()))
 def test_look_alike_is_left_alone(pass_: type[Pass], example: Example, compiled: Callable[..., Any]) -> None:
     training = bool(example.training)
     with torch.random.fork_rng():  # both sides of a comparison draw from one generator

@@ -298,7 +298,9 @@ def test_a_planted_bug_is_rolled_back(plant: Plant) -> None:
         torch.testing.assert_close(result, plant.model(*plant.inputs))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float64]
+)
 @pytest.mark.parametrize("plant", PLANTS[:9], ids=IDS[:9])
 def test_other_dtypes(plant: Plant, dtype: torch.dtype) -> None:
     inputs = [i.to(dtype) if i.is_floating_point() else i for i in plant.inputs]

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
+from itertools import product
 from multiprocessing import get_context
 from pkgutil import iter_modules
 from typing import Any
@@ -75,15 +76,8 @@ Case = tuple[str, Any, str, dict[str, Any]]
 """Name, kernel, dtype of what pointers point to, launch options: constexprs, num_warps, more `types`."""
 
 
-def norm_cases() -> Iterator[Case]:
-    for dtype, length in (
-        ("bf16", 128),
-        ("bf16", 4096),
-        ("bf16", rows.MAX_ROW),
-        ("fp32", 100),
-        ("fp32", rows.MAX_ROW),
-        ("fp64", rows.MAX_ROW_FLOAT64),
-    ):
+def norm_cases(*sizes: tuple[str, int]) -> Iterator[Case]:
+    for dtype, length in sizes:
         forward = {"EPS": 1e-6, **rows.tile_for(length).options(DTYPES[dtype])}
         backward = {"EPS": 1e-6, **rows.tile_for(length, backward=True).options(DTYPES[dtype])}
         rounding = {"OFFSET": 1.0, "ROUND_FIRST": True}
@@ -97,50 +91,58 @@ def norm_cases() -> Iterator[Case]:
         yield f"layer_norm_backward-{tail}", layer_norm.layer_norm_backward_kernel, dtype, backward
 
 
-def glu_cases() -> Iterator[Case]:
-    for activation in glu.ACTIVATIONS:
-        for dtype in ("bf16", "fp32") if activation in ("silu", "gelu") else ("bf16",):
-            options = {
-                "ACTIVATION": activation,
-                "ACC": tl.float32,
-                "BLOCK": glu.BLOCK,
-                "num_warps": glu.WARPS,
-            }
-            yield f"glu-{activation}-{dtype}", glu.glu_kernel, dtype, options
-            yield f"glu_backward-{activation}-{dtype}", glu.glu_backward_kernel, dtype, options
+def glu_cases(*kinds: tuple[str, str]) -> Iterator[Case]:
+    for activation, dtype in kinds:
+        options = {"ACTIVATION": activation, "ACC": tl.float32, "BLOCK": glu.BLOCK, "num_warps": glu.WARPS}
+        yield f"glu-{activation}-{dtype}", glu.glu_kernel, dtype, options
+        yield f"glu_backward-{activation}-{dtype}", glu.glu_backward_kernel, dtype, options
 
 
-def rope_cases() -> Iterator[Case]:
-    for dtype in ("bf16", "fp32"):
-        for interleaved in (False, True):
-            for backward in (False, True):
-                options = {"INTERLEAVED": interleaved, "BACKWARD": backward, "ACC": tl.float32}
-                options |= {
-                    "ROWS": 16,
-                    "PAIRS": 64,
-                    "REST": 64 if interleaved else 0,
-                    "num_warps": rope.WARPS,
-                }
-                name = f"rope-{dtype}" + "-interleaved" * interleaved + "-backward" * backward
-                yield name, rope.rope_kernel, dtype, options
+def rope_cases(*kinds: tuple[str, bool]) -> Iterator[Case]:
+    for dtype, interleaved in kinds:
+        for backward in (False, True):
+            options = {"INTERLEAVED": interleaved, "BACKWARD": backward, "ACC": tl.float32, "ROWS": 16}
+            options |= {"PAIRS": 64, "REST": 64 if interleaved else 0, "num_warps": rope.WARPS}
+            name = f"rope-{dtype}" + "-interleaved" * interleaved + "-backward" * backward
+            yield name, rope.rope_kernel, dtype, options
+
+
+def row_cases() -> Iterator[Case]:
+    """The longest rows, every op forward and backward in two dtypes."""
+    yield from norm_cases(("bf16", 4096), ("fp32", rows.MAX_ROW), ("fp64", rows.MAX_ROW_FLOAT64))
+    yield from glu_cases(("silu", "bf16"), ("gelu", "fp32"), ("gelu_tanh", "bf16"))
+    yield from rope_cases(("bf16", False), ("fp32", True))
+
+
+def more_row_cases() -> Iterator[Case]:
+    """Short and odd rows, and the rest of the products."""
+    yield from norm_cases(("bf16", 128), ("bf16", rows.MAX_ROW), ("fp32", 100))
+    yield from glu_cases(("silu", "fp32"), ("gelu", "bf16"), ("relu", "bf16"), ("sigmoid", "bf16"))
+    yield from rope_cases(("bf16", True), ("fp32", False))
 
 
 def tile_options(tile: quantized_linear.MatrixTile) -> dict[str, Any]:
     return {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "num_warps": tile.warps}
 
 
-def quantized_linear_cases() -> Iterator[Case]:
+def quantized_linear_case(dtype: str, bits: int, m: int, aligned: bool) -> Case:
     """One row, k divided; and many rows. Tiles in one group, and across groups with zeros."""
-    for dtype, dot in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
-        for bits in quantized_linear.BITS:
-            for m in (1, 512):
-                for aligned in (True, False):
-                    options = tile_options(quantized_linear.tile_for(m, DTYPES[dtype]))
-                    options |= {"BITS": bits, "ALIGNED": aligned, "STEPS": 16, "DOT": dot}
-                    options |= {"p_zero": None} if aligned else {}
-                    options |= {"p_bias": None, "types": {"p_out": "*fp32"}} if m == 1 else {}
-                    name = f"quantized_linear-{dtype}-{bits}-{m}" + "-aligned" * aligned
-                    yield name, quantized_linear.quantized_linear_kernel, dtype, options
+    options = tile_options(quantized_linear.tile_for(m, DTYPES[dtype]))
+    options |= {"BITS": bits, "ALIGNED": aligned, "STEPS": 16}
+    options |= {"DOT": tl.bfloat16 if dtype == "bf16" else tl.float32}
+    options |= {"p_zero": None} if aligned else {}
+    options |= {"p_bias": None, "types": {"p_out": "*fp32"}} if m == 1 else {}
+    name = f"quantized_linear-{dtype}-{bits}-{m}" + "-aligned" * aligned
+    return name, quantized_linear.quantized_linear_kernel, dtype, options
+
+
+def quantized_linear_cases(is_more: bool = False) -> Iterator[Case]:
+    """The products of the kinds; without `is_more` half of those in bfloat16, and the heaviest in float32."""
+    for dtype, bits, m, aligned in product(("bf16", "fp32"), quantized_linear.BITS, (1, 512), (True, False)):
+        heavy = bits == 4 and m == 512 and not aligned
+        is_first = (m == 512) == aligned or heavy if dtype == "bf16" else heavy
+        if is_first != is_more:
+            yield quantized_linear_case(dtype, bits, m, aligned)
 
 
 def int8_linear_cases() -> Iterator[Case]:
@@ -306,12 +308,18 @@ def linear_attention_cases() -> Iterator[Case]:
         yield f"linear_attention-gradient-{tail}", backward.gradient_kernel, dtype, options
 
 
-ROW_CASES = (*norm_cases(), *glu_cases(), *rope_cases())
+ROW_CASES = tuple(row_cases())
 MATRIX_CASES = (
     *(*quantized_linear_cases(), *int8_linear_cases(), *attention_cases()),
     *(*block_sparse_cases(), *scan_cases(), *linear_attention_cases(), *attention_gradient_cases()),
 )
-MORE_CASES = {f"more-{c[0]}": c for c in (*more_attention_cases(), *more_attention_gradient_cases())}
+MORE_CASES = {
+    f"more-{case[0]}": case
+    for case in (
+        *(*more_row_cases(), *quantized_linear_cases(is_more=True)),
+        *(*more_attention_cases(), *more_attention_gradient_cases()),
+    )
+}
 """Compiled only where a word asks for them: `more` does."""
 CASES = {case[0]: case for case in (*ROW_CASES, *MATRIX_CASES)} | MORE_CASES
 

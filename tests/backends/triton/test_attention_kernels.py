@@ -70,7 +70,9 @@ def assert_values(kernel: str, sample: Sample) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_samples(kernel: str, dtype: torch.dtype, device: torch.device) -> None:
     samples = [s for s in ops.attention.samples(dtype, device) if takes(kernel, s.kwargs)]
-    for sample in (*samples[:24], samples[-2]) if dtype == torch.float32 else samples[:12]:
+    # Of the third size, 100 queries, the last alone for the kernel of a few: they take it a second each.
+    count = 20 if kernel == "streamed" else 24
+    for sample in (*samples[:count], samples[-2]) if dtype == torch.float32 else samples[:12]:
         assert_values(kernel, sample)
 
 
@@ -147,7 +149,7 @@ def test_bands_that_end_where_tiles_do(kernel: str, device: torch.device) -> Non
 
 
 @every_kernel
-@pytest.mark.parametrize("d", [16, 40, 64, 80])
+@pytest.mark.parametrize("d", [16, 80, *(pytest.param(d, marks=pytest.mark.slow) for d in (40, 64))])
 @pytest.mark.parametrize(("t", "s"), [(1, 1), (1, 65), (7, 7), (33, 1), (65, 33)])
 def test_odd_sizes(kernel: str, d: int, t: int, s: int, device: torch.device) -> None:
     assert_values(kernel, Sample(heads(t, s, d, device), {"scale": d**-0.5, "is_causal": True}))

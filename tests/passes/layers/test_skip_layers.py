@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import effopt
 from effopt.graph.printing import listing
 from effopt.passes.layers.skip_layers import evenly_spaced
-from tests.models.architectures import build, sampled
+from tests.models.architectures import build, sampled, sampled_rows
 from tests.models.eager_twin import relative, skip_layers
 from tests.models.plain import Plain
 from tests.models.test_composition import model_and_inputs, output_of
@@ -41,8 +41,10 @@ def compiled(model: Any, passes: str, **options: Any) -> Any:
     return torch.compile(model, backend="effopt", options={"lowering": "eager", "passes": passes, **options})
 
 
-@pytest.mark.parametrize("keep", [0.5, 0.75])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    sampled_rows(itertools.product(MODELS, [0.5, 0.75]), lambda name, keep: keep == 0.5 or name == "gpt2"),
+)
 def test_equals_the_model_without_the_layers(name: str, keep: float) -> None:
     model, inputs = in_float32(name)
     with torch.no_grad(), effopt.record() as report:
@@ -55,7 +57,7 @@ def test_equals_the_model_without_the_layers(name: str, keep: float) -> None:
     assert skipped == (2 if name == "t5" else 1) * (4 - round(4 * keep))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sampled(MODELS, "gpt2", "t5", "plain"))
 def test_gradients_are_those_of_the_model_without_the_layers(name: str) -> None:
     model, inputs = in_float32(name)
     model.train()
@@ -84,7 +86,7 @@ def gradients_by_value(model: nn.Module) -> dict[tuple[float, ...], Tensor]:
     return found
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", sampled(["dynamic", "static"], "static"))
 @pytest.mark.parametrize("name", sampled(["llama", "qwen3", "gpt2", "mixtral"], "gpt2"))
 def test_generate_with_an_ordinary_cache(name: str, cache: str) -> None:
     count = {"n_layer": 4, "num_hidden_layers": 4} if name == "gpt2" else {"num_hidden_layers": 4}
@@ -127,7 +129,7 @@ def test_dynamic_sizes() -> None:
             assert relative(skipping(ids).logits, twin(ids).logits) < FLOAT32
 
 
-@pytest.mark.parametrize("name", ["llama", "plain"])
+@pytest.mark.parametrize("name", sampled(["llama", "plain"], "plain"))
 def test_keep_1_changes_nothing(name: str) -> None:
     model, inputs = in_float32(name)
     graphs: dict[str, str] = {}
@@ -245,7 +247,10 @@ def test_operations_go_down() -> None:
     ],
 )
 def test_bad_input(spec: str, words: str) -> None:
-    model, inputs = build("llama", num_hidden_layers=4)
+    if "model.layers" in words:
+        model, inputs = build("llama", num_hidden_layers=4)
+    else:  # Dynamo is through with it in a tenth of the time
+        model, inputs = Plain(4), {"input_ids": torch.randint(3, 100, (2, 9))}
     with torch.no_grad(), pytest.raises(Exception, match=r".") as caught:
         compiled(model, spec)(**inputs)
     assert words in str(caught.value)

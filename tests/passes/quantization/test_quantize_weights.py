@@ -17,7 +17,7 @@ from effopt.graph.tolerances import tolerance_of
 from effopt.options import Options
 from effopt.passes.quantization.quantize_weights import QuantizeWeights
 from effopt.plugins.report import Report
-from tests.models.architectures import build, main_output
+from tests.models.architectures import build, main_output, sampled_rows
 from tests.models.eager_twin import quantize, relative, rounded
 from tests.models.plain import Plain
 
@@ -74,7 +74,13 @@ def spec(bits: int, group: int, symmetric: bool, **more: Any) -> str:
     return f"quantize-weights{{{','.join(f'{k}={v}' for k, v in given.items())}}}"
 
 
-@pytest.mark.parametrize(("name", "bits", "group", "symmetric"), CASES)
+def is_fast(name: str, bits: int, group: int, symmetric: bool) -> bool:
+    """Each model once, and each way to quantise."""
+    eight = name in ("llama", "t5", "vit", "plain")
+    return (bits == 8) == eight or (name, bits, group) == ("llama", 4, 32)
+
+
+@pytest.mark.parametrize(("name", "bits", "group", "symmetric"), sampled_rows(CASES, is_fast))
 def test_equals_the_twin(name: str, bits: int, group: int, symmetric: bool) -> None:
     model, inputs = model_and_inputs(name)
     twin = copy.deepcopy(model)
@@ -143,6 +149,7 @@ def test_a_tied_head_is_quantised_and_its_table_is_not() -> None:
     assert report.ops["quantized_embedding"] == 0
 
 
+@pytest.mark.slow  # tests/models/test_composition.py has one that is not: with skipped and shared layers
 def test_through_inductor() -> None:
     model, inputs = model_and_inputs("llama")
     model.float()  # Inductor leaves out the float32 rounding that Llama makes of float64
