@@ -198,6 +198,8 @@ def _race(
 ) -> dict[str, float | str]:
     """Median seconds of each, taking turns; for one that fails, why."""
     made = {name: _made_up(value) for name, value in operands.items()}
+    contents = lowerings[0].op.contents
+    made = made if contents is None else dict(contents(made))
     runs: dict[str, Callable[[], Any]] = {}
     found: dict[str, float | str] = {}
     for lowering in lowerings:

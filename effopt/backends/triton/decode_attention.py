@@ -84,6 +84,23 @@ def merge_parts_kernel(
     tl.store(p_out + o_row[:, None] * dv + o_dv[None, :], b_sum.to(p_out.dtype.element_ty), mask=m_tile)
 
 
+def merge(
+    sums: Tensor, peak: Tensor, total: Tensor, out: Tensor, lse: Tensor, unit: float, zero_rows: bool
+) -> None:
+    """Merge `[parts, ..]` of the three, as `attend` writes them, into `out` `[.., dv]` and `lse` `[..]`."""
+    dv = out.shape[-1]
+    launch(
+        merge_parts_kernel,
+        triton.cdiv(lse.numel(), MERGED_ROWS),
+        out,
+        *(sums, peak, total, out, lse, lse.numel(), sums.shape[0], dv),
+        UNIT=unit,
+        ZERO_ROWS=zero_rows,
+        ROWS=MERGED_ROWS,
+        BLOCK_DV=triton.next_power_of_2(max(16, dv)),
+    )
+
+
 @torch.library.custom_op("effopt_triton::decode_attention", mutates_args=(), schema=SCHEMA)
 def _decode_attention(*given: Any) -> tuple[Tensor, Tensor]:
     call = checked(*given)
@@ -96,17 +113,7 @@ def _decode_attention(*given: Any) -> tuple[Tensor, Tensor]:
     sums = out.new_empty((divided, *out.shape), dtype=torch.float32)
     peak, total = (out.new_empty((divided, *lse.shape), dtype=torch.float32) for _ in range(2))
     attend(call, sums, None, peak, total, divided)
-    options = call.options()
-    launch(
-        merge_parts_kernel,
-        triton.cdiv(lse.numel(), MERGED_ROWS),
-        out,
-        *(sums, peak, total, out, lse, lse.numel(), divided, out.shape[-1]),
-        UNIT=options["UNIT"],
-        ZERO_ROWS=call.zero_masked_rows,
-        ROWS=MERGED_ROWS,
-        BLOCK_DV=options["BLOCK_DV"],
-    )
+    merge(sums, peak, total, out, lse, call.options()["UNIT"], call.zero_masked_rows)
     return out, lse
 
 

@@ -42,6 +42,7 @@ from effopt.backends.triton import (
     layer_norm,
     linear_attention,
     linear_attention_backward,
+    paged_attention,
     quantized_linear,
     rms_norm,
     rope,
@@ -66,6 +67,7 @@ TYPES |= {
     "p_ddecay": "*fp32",
 }
 TYPES |= {"p_mask": "*u8", "p_query_ids": "*i64", "p_key_ids": "*i64", "p_extents": "*i32", "p_seed": "*i64"}
+TYPES |= {"p_table": "*i32", "p_lengths": "*i32"}
 TYPES |= dict.fromkeys(("p_sum", "p_lse", "p_grad_lse", "p_peak", "p_total", "p_delta", "p_spoiled"), "*fp32")
 """Pointers to something else than the dtype of a case."""
 Case = tuple[str, Any, str, dict[str, Any]]
@@ -252,6 +254,32 @@ def block_sparse_cases() -> Iterator[Case]:
         yield f"attention-blocks of {block}-{dtype}", kernel, dtype, options
 
 
+def paged_case(dtype: str, queries: int, head: int, page: int, parts: bool = True) -> Case:
+    query, pages = (
+        torch.empty(s, dtype=DTYPES[dtype], device="meta")
+        for s in ((1, 8, queries, head), (1, 1, page, head))
+    )
+    options = paged_attention.options(query, pages, pages, 0.125, 0.0)
+    options |= {"DOT": tl.bfloat16 if dtype == "bf16" else tl.float32}
+    options |= {"types": {"p_out": "*fp32"}} if parts else {"p_peak": None, "p_total": None}
+    name = f"attention-pages of {page}-{dtype}-{8 * queries}x{head}"
+    return name, paged_attention.paged_attention_kernel, dtype, options
+
+
+def paged_cases() -> Iterator[Case]:
+    """A decode step, pages shorter than a tile and longer ones."""
+    yield paged_case("bf16", 1, 128, 16)
+    yield paged_case("fp32", 1, 128, 64)
+
+
+def more_paged_cases() -> Iterator[Case]:
+    """The tail of a prompt, the largest heads, and an odd page."""
+    yield paged_case("bf16", 512, 128, 64, parts=False)
+    for dtype, queries in (("bf16", 1), ("bf16", 512), ("fp32", 512)):
+        yield paged_case(dtype, queries, 256, 16)
+    yield paged_case("bf16", 1, 80, 7)
+
+
 def more_attention_cases() -> Iterator[Case]:
     """The other features, head sizes (an odd one, the largest, two unequal) and numbers of rows."""
     for feature in ("soft-cap, sinks", "padded, packed"):
@@ -306,9 +334,18 @@ def linear_attention_cases() -> Iterator[Case]:
 ROW_CASES = (*norm_cases(), *glu_cases(), *rope_cases())
 MATRIX_CASES = (
     *(*quantized_linear_cases(), *int8_linear_cases(), *attention_cases()),
-    *(*block_sparse_cases(), *scan_cases(), *linear_attention_cases(), *attention_gradient_cases()),
+    *(
+        *block_sparse_cases(),
+        *paged_cases(),
+        *scan_cases(),
+        *linear_attention_cases(),
+        *attention_gradient_cases(),
+    ),
 )
-MORE_CASES = {f"more-{c[0]}": c for c in (*more_attention_cases(), *more_attention_gradient_cases())}
+MORE_CASES = {
+    f"more-{c[0]}": c
+    for c in (*more_attention_cases(), *more_attention_gradient_cases(), *more_paged_cases())
+}
 """Compiled only where a word asks for them: `more` does."""
 CASES = {case[0]: case for case in (*ROW_CASES, *MATRIX_CASES)} | MORE_CASES
 

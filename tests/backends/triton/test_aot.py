@@ -73,5 +73,5 @@ def assert_attention(facts: list[dict[str, Any]]) -> None:
 def test_attention_of_all_features_and_sizes() -> None:
     """Each takes ptxas seconds."""
     facts = compile_all("more", "attention")
-    assert len({fact["case"] for fact in facts}) == 43
+    assert len({fact["case"] for fact in facts}) == 48
     assert_attention(facts)
