@@ -21,7 +21,7 @@ from effopt.graph.ops.base import Operands, hint
 from effopt.graph.ops.paged_attention import check_call
 from effopt.target import Target
 
-_REQUEST_S = 4e-5
+_REQUEST_S = 7e-5
 """Seconds that a request takes beside its bytes: two gathers, one call, one copy of the result."""
 _GATHER = 3.0
 """Keys and values are read from their pages, written in order, and read again."""

@@ -53,13 +53,21 @@ def parts(row_tiles: float, keys: int) -> int:
 
 @triton.jit
 def merge_parts_kernel(
-    p_sum, p_peak, p_total, p_out, p_lse, rows, parts, dv,
+    p_sum, p_peak, p_total, p_redo, p_out, p_lse, rows, parts, dv,
     UNIT: tl.constexpr, ZERO_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Merge `[parts, rows, dv]` into the result `[rows, dv]` and its log-sum-exp `[rows]`."""
+    """Merge `[parts, rows, dv]` into the result `[rows, dv]` and its log-sum-exp `[rows]`.
+
+    With p_redo, only rows that it marks.
+    """
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_dv = tl.arange(0, BLOCK_DV)
     m_row = o_row < rows
+    if p_redo is not None:
+        b_redo = tl.load(p_redo + o_row, mask=m_row, other=0)
+        m_row = b_redo != 0
+        if tl.max(b_redo, axis=0) == 0:
+            return
     m_tile = m_row[:, None] & (o_dv < dv)[None, :]
     b_peak = tl.full([ROWS], float("-inf"), tl.float32)
     b_total = tl.zeros([ROWS], tl.float32)
@@ -85,7 +93,14 @@ def merge_parts_kernel(
 
 
 def merge(
-    sums: Tensor, peak: Tensor, total: Tensor, out: Tensor, lse: Tensor, unit: float, zero_rows: bool
+    sums: Tensor,
+    peak: Tensor,
+    total: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    unit: float,
+    zero_rows: bool,
+    redo: Tensor | None = None,
 ) -> None:
     """Merge `[parts, ..]` of the three, as `attend` writes them, into `out` `[.., dv]` and `lse` `[..]`."""
     dv = out.shape[-1]
@@ -93,7 +108,7 @@ def merge(
         merge_parts_kernel,
         triton.cdiv(lse.numel(), MERGED_ROWS),
         out,
-        *(sums, peak, total, out, lse, lse.numel(), sums.shape[0], dv),
+        *(sums, peak, total, redo, out, lse, lse.numel(), sums.shape[0], dv),
         UNIT=unit,
         ZERO_ROWS=zero_rows,
         ROWS=MERGED_ROWS,
@@ -105,7 +120,7 @@ def merge(
 def _decode_attention(*given: Any) -> tuple[Tensor, Tensor]:
     call = checked(*given)
     out, lse = outputs(call)
-    divided = parts(call.row_tiles, _keys_seen(call)) if out.numel() > 0 else 0
+    divided = parts_of(call) if out.numel() > 0 else 0
     if divided == 1:
         attend(call, out, lse)
     if divided <= 1:
@@ -120,6 +135,11 @@ def _decode_attention(*given: Any) -> tuple[Tensor, Tensor]:
 @_decode_attention.register_fake
 def _(*given: Any) -> tuple[Tensor, Tensor]:
     return outputs(AttentionCall(*given))
+
+
+def parts_of(call: AttentionCall) -> int:
+    """Parts that the keys of a call are divided into."""
+    return parts(call.row_tiles, _keys_seen(call))
 
 
 def _keys_seen(call: AttentionCall) -> int:

@@ -49,6 +49,7 @@ from effopt.backends.triton import (
     rows,
     selective_scan,
     stream_k_attention,
+    unified_max_attention,
 )
 
 TARGETS = {
@@ -67,7 +68,7 @@ TYPES |= {
     "p_ddecay": "*fp32",
 }
 TYPES |= {"p_mask": "*u8", "p_query_ids": "*i64", "p_key_ids": "*i64", "p_extents": "*i32", "p_seed": "*i64"}
-TYPES |= {"p_table": "*i32", "p_lengths": "*i32"}
+TYPES |= {"p_table": "*i32", "p_lengths": "*i32", "p_redo": "*i8"}
 TYPES |= dict.fromkeys(("p_sum", "p_lse", "p_grad_lse", "p_peak", "p_total", "p_delta", "p_spoiled"), "*fp32")
 """Pointers to something else than the dtype of a case."""
 Case = tuple[str, Any, str, dict[str, Any]]
@@ -159,6 +160,7 @@ ATTENTION = {
     "bias, filled": {"FILL": -1e4, "CAUSAL": True, "mask": True, "bias": True, "UNIT": 1.0},
     "anchors, prefix": {"HIDES": True, "ANCHORS": True, "PREFIX": True, "ids": True},
     "dropout": {"HIDES": True, "DROPOUT": 0.1, "seed": True},
+    "redone": {"HIDES": True, "redo": True},
 }
 """Features of a call: options of the kernel, and which operands it has."""
 
@@ -186,6 +188,7 @@ def attention_case(
         "sinks": ["p_sinks"],
         "ids": ["p_query_ids", "p_key_ids"],
         "seed": ["p_seed"],
+        "redo": ["p_redo"],
     }
     for operand, names in operands.items():
         options |= {} if given.pop(operand, False) else dict.fromkeys(names)
@@ -207,7 +210,7 @@ def attention_cases() -> Iterator[Case]:
     yield attention_case("bf16", 4096, 128, "bias, filled")
     yield attention_case("fp32", 4096, 128, "window")
     merge = {"UNIT": attention_tiles.LOG2_E, "ZERO_ROWS": False, "ROWS": decode_attention.MERGED_ROWS}
-    merge |= {"BLOCK_DV": 128, "num_warps": 4, "types": {"p_sum": "*fp32", "p_peak": "*fp32"}}
+    merge |= {"BLOCK_DV": 128, "num_warps": 4}
     name, _, dtype, options = attention_case("bf16", 8, 128, "padded, packed", splits=8)
     streamed = {n: v for n, v in options.items() if n != "types"} | {"REQUESTS": 64}
     yield f"{name}-stream-k", stream_k_attention.stream_k_kernel, dtype, streamed
@@ -215,6 +218,11 @@ def attention_cases() -> Iterator[Case]:
     lines = {n: v for n, v in merge.items() if n != "num_warps"} | {"VALUE_HEAD": 128, "REQUESTS": 64}
     lines |= {"MERGED": stream_k_attention.MERGED_ROWS, "ROWS": options["ROWS"]}
     yield "attention-merge lines", stream_k_attention.merge_lines_kernel, "bf16", lines
+    yield attention_case("bf16", 8, 128, "redone", splits=8)
+    unified = {n: v for n, v in options.items() if n != "types"} | {"PHI": 0.0}
+    yield f"{name}-unified-max", unified_max_attention.unified_max_kernel, dtype, unified
+    added = {n: v for n, v in merge.items() if n != "ZERO_ROWS"} | {"PHI": 0.0, "LEAST": 2.0**-60}
+    yield "attention-add parts", unified_max_attention.add_parts_kernel, "bf16", added
     extents = {"MASK_OVER_KEYS": True, "KEYS": options["KEYS"], "QUERIES": 16}
     yield "attention-extents", stream_k_attention.extents_kernel, "bf16", extents
 
