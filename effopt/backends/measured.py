@@ -33,7 +33,7 @@ from torch.fx.node import map_aggregate
 from effopt.backends import measurements
 from effopt.backends.base import Lowering, Measure
 from effopt.backends.inductor import compile_graph
-from effopt.graph.ops.base import hint, tensor_bytes
+from effopt.graph.ops.base import Op, hint, tensor_bytes
 from effopt.graph.sampling import with_strides
 from effopt.graph.sources import digest_of_effopt
 from effopt.graph.values import val
@@ -197,9 +197,7 @@ def _race(
     settings: Mapping[str, Any],
 ) -> dict[str, float | str]:
     """Median seconds of each, taking turns; for one that fails, why."""
-    made = {name: _made_up(value) for name, value in operands.items()}
-    contents = lowerings[0].op.contents
-    made = made if contents is None else dict(contents(made))
+    made = _made_up_call(lowerings[0].op, operands)
     runs: dict[str, Callable[[], Any]] = {}
     found: dict[str, float | str] = {}
     for lowering in lowerings:
@@ -279,6 +277,12 @@ def _stopwatch(made: Mapping[str, Any]) -> Callable[[Callable[[], Any]], float]:
             return float(begin.elapsed_time(end)) * 1e-3
 
     return by_events
+
+
+def _made_up_call(op: Op, operands: Mapping[str, Any]) -> dict[str, Any]:
+    """Operands as a model might have them, and as the op says where it does."""
+    made = {name: _made_up(value) for name, value in operands.items()}
+    return made if op.contents is None else dict(op.contents(made))
 
 
 def _made_up(value: Any) -> Any:

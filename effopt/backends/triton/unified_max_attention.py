@@ -38,7 +38,7 @@ from effopt.target import Target
 PHI = 0.0
 """What is subtracted from scores."""
 LEAST_MEAN = 2.0**-60
-"""Least mean weight of a row: a weight of less than 2**-149 is 0, over all keys less than 2**-89 of their
+"""Least mean weight of a row: one of less than 2**-126 may become 0, over all keys less than 2**-66 of their
 sum, and values down to 2**-66 do not vanish in products with the largest."""
 LEAST_MEAN_FLOAT16 = 2.0**-12
 """The same in float16, where a weight below 2**-25 is 0: over all keys that is less than 2**-13 of their sum.
@@ -81,7 +81,7 @@ def unified_max_kernel(
         p_key_ids += i_b * key_ids_stride
         b_query_ids = tl.load(p_query_ids + i_b * query_ids_stride + o_t, mask=m_row, other=0).to(tl.int64)
     t_first, t_last = (i_tile * ROWS) // group, tl.minimum((i_tile * ROWS + ROWS - 1) // group, t - 1)
-    stop, lead, gap, _, _ = key_tiles(
+    stop, lead, gap, _first, _stop = key_tiles(
         t_first, t_last, s, low, high, anchors, prefix, p_mask, b_query_ids, p_key_ids, m_row,
         mask_strides[3], HIDES, CAUSAL, MASK_OVER_KEYS, ANCHORS, PREFIX, KEYS,
     )  # fmt: skip

@@ -52,11 +52,11 @@ def _least_bytes(operands: Operands, result: Any) -> float:
 
 
 def _reference_bytes(operands: Operands, _: Any) -> float:
-    """Of gathered keys and values, three times, for all that a table has room for; and of their scores."""
+    """Of gathered keys and values, written and read, for all that a table has room for; and of scores."""
     b, rows, keys = _sizes(operands)
     pages, room = operands["key_pages"], keys / held_share(b)
     gathered = b * room * hint(pages.shape[1]) * sum(_row_sizes(operands)) * pages.element_size()
-    return float(6.0 * gathered + 32.0 * rows * room)
+    return float(2.0 * gathered + 32.0 * rows * room)
 
 
 def _contents(operands: Operands) -> Operands:
