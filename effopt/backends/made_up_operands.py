@@ -5,14 +5,20 @@ Numbers, masks of requests of different lengths, ids of two documents in a row, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from effopt.graph.ops.base import hint
+from effopt.graph.ops.base import Op, hint
 from effopt.graph.sampling import with_strides
+
+
+def made_up_call(op: Op, operands: Mapping[str, Any]) -> dict[str, Any]:
+    """Operands by name as a model might have them, and as the op says where it does."""
+    made = {name: made_up(value) for name, value in operands.items()}
+    return made if op.contents is None else dict(op.contents(made))
 
 
 def made_up(value: Any) -> Any:

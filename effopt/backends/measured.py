@@ -33,7 +33,7 @@ from torch.fx.node import map_aggregate
 from effopt.backends import measurements
 from effopt.backends.base import Lowering, Measure
 from effopt.backends.inductor import compile_graph
-from effopt.backends.made_up_operands import made_up
+from effopt.backends.made_up_operands import made_up_call
 from effopt.graph.ops.base import hint, tensor_bytes
 from effopt.graph.sources import digest_of_effopt
 from effopt.graph.values import val
@@ -205,7 +205,7 @@ def _race(
     settings: Mapping[str, Any],
 ) -> dict[str, float | str]:
     """Median seconds of each, taking turns; for one that fails, why."""
-    made = {name: made_up(value) for name, value in operands.items()}
+    made = made_up_call(lowerings[0].op, operands)
     runs: dict[str, Callable[[], Any]] = {}
     found: dict[str, float | str] = {}
     for lowering in lowerings:

@@ -216,7 +216,7 @@ def test_what_fails_is_not_kept(own_folder: Path) -> None:
     assert list(own_folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("where", ["made_up", "_stopwatch"])
+@pytest.mark.parametrize("where", ["made_up_call", "_stopwatch"])
 def test_what_fails_beside_the_candidates_leaves_the_choice_to_the_predictions(
     where: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +245,17 @@ def test_made_up_operands() -> None:
     assert made_up(torch.zeros(1, 6).expand(4, 6)).stride() == (0, 1)
     assert made_up(torch.zeros(4, dtype=torch.int8)).dtype == torch.int8
     assert made_up(7) == 7
+
+
+def test_an_op_may_say_what_operands_hold() -> None:
+    """Pages that are there, and requests of different lengths: integers alone would be neither."""
+    pool, q = torch.zeros(20, 2, 4, 8), torch.zeros(3, 2, 1, 8)
+    args = (q, pool, pool, torch.zeros(3, 5, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))
+    made = measured._made_up_call(ops.paged_attention, ops.paged_attention.bind(args, {"scale": 1.0}))
+    assert made["lengths"].tolist() == [7, 14, 20]
+    assert sorted(made["page_table"].unique().tolist()) == sorted(made["page_table"].flatten().tolist())
+    assert made["key_pages"].std() > 0.5
+    assert made["scale"] == 1.0
 
 
 class Attention(torch.nn.Module):

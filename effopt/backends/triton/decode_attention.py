@@ -53,13 +53,21 @@ def parts(row_tiles: float, keys: int) -> int:
 
 @triton.jit
 def merge_parts_kernel(
-    p_sum, p_peak, p_total, p_out, p_lse, rows, parts, dv,
+    p_sum, p_peak, p_total, p_redo, p_out, p_lse, rows, parts, dv,
     UNIT: tl.constexpr, ZERO_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Merge `[parts, rows, dv]` into the result `[rows, dv]` and its log-sum-exp `[rows]`."""
+    """Merge `[parts, rows, dv]` into the result `[rows, dv]` and its log-sum-exp `[rows]`.
+
+    With p_redo, only rows that it marks.
+    """
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_dv = tl.arange(0, BLOCK_DV)
     m_row = o_row < rows
+    if p_redo is not None:
+        b_redo = tl.load(p_redo + o_row, mask=m_row, other=0)
+        m_row = b_redo != 0
+        if tl.max(b_redo, axis=0) == 0:
+            return
     m_tile = m_row[:, None] & (o_dv < dv)[None, :]
     b_peak = tl.full([ROWS], float("-inf"), tl.float32)
     b_total = tl.zeros([ROWS], tl.float32)
@@ -84,11 +92,35 @@ def merge_parts_kernel(
     tl.store(p_out + o_row[:, None] * dv + o_dv[None, :], b_sum.to(p_out.dtype.element_ty), mask=m_tile)
 
 
+def merge(
+    sums: Tensor,
+    peak: Tensor,
+    total: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    unit: float,
+    zero_rows: bool,
+    redo: Tensor | None = None,
+) -> None:
+    """Merge `[parts, ..]` of the three, as `attend` writes them, into `out` `[.., dv]` and `lse` `[..]`."""
+    dv = out.shape[-1]
+    launch(
+        merge_parts_kernel,
+        triton.cdiv(lse.numel(), MERGED_ROWS),
+        out,
+        *(sums, peak, total, redo, out, lse, lse.numel(), sums.shape[0], dv),
+        UNIT=unit,
+        ZERO_ROWS=zero_rows,
+        ROWS=MERGED_ROWS,
+        BLOCK_DV=triton.next_power_of_2(max(16, dv)),
+    )
+
+
 @torch.library.custom_op("effopt_triton::decode_attention", mutates_args=(), schema=SCHEMA)
 def _decode_attention(*given: Any) -> tuple[Tensor, Tensor]:
     call = checked(*given)
     out, lse = outputs(call)
-    divided = parts(call.row_tiles, _keys_seen(call)) if out.numel() > 0 else 0
+    divided = parts_of(call) if out.numel() > 0 else 0
     if divided == 1:
         attend(call, out, lse)
     if divided <= 1:
@@ -96,23 +128,18 @@ def _decode_attention(*given: Any) -> tuple[Tensor, Tensor]:
     sums = out.new_empty((divided, *out.shape), dtype=torch.float32)
     peak, total = (out.new_empty((divided, *lse.shape), dtype=torch.float32) for _ in range(2))
     attend(call, sums, None, peak, total, divided)
-    options = call.options()
-    launch(
-        merge_parts_kernel,
-        triton.cdiv(lse.numel(), MERGED_ROWS),
-        out,
-        *(sums, peak, total, out, lse, lse.numel(), divided, out.shape[-1]),
-        UNIT=options["UNIT"],
-        ZERO_ROWS=call.zero_masked_rows,
-        ROWS=MERGED_ROWS,
-        BLOCK_DV=options["BLOCK_DV"],
-    )
+    merge(sums, peak, total, out, lse, call.options()["UNIT"], call.zero_masked_rows)
     return out, lse
 
 
 @_decode_attention.register_fake
 def _(*given: Any) -> tuple[Tensor, Tensor]:
     return outputs(AttentionCall(*given))
+
+
+def parts_of(call: AttentionCall) -> int:
+    """Parts that the keys of a call are divided into."""
+    return parts(call.row_tiles, _keys_seen(call))
 
 
 def _keys_seen(call: AttentionCall) -> int:

@@ -52,7 +52,7 @@ TRAINING_SCHEMA = SCHEMA.replace(") ->", ", float dropout_p, Tensor? seed) ->").
 @triton.jit(do_not_specialize=["t", "s", "low", "high", "anchors", "prefix", "parts"])
 def attention_kernel(
     p_query, p_key, p_value, p_bias, p_mask, p_sinks, p_query_ids, p_key_ids, p_seed, p_out, p_lse, p_peak,
-    p_total, query_strides, key_strides, value_strides, bias_strides, mask_strides, query_ids_stride,
+    p_total, p_redo, query_strides, key_strides, value_strides, bias_strides, mask_strides, query_ids_stride,
     key_ids_stride, sink_stride, hkv, group, t, s, low, high, anchors, prefix, parts,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr, FILL: tl.constexpr,
     HIDES: tl.constexpr, CAUSAL: tl.constexpr, MASK_OVER_KEYS: tl.constexpr, ANCHORS: tl.constexpr,
@@ -64,6 +64,7 @@ def attention_kernel(
 
     With p_lse it writes the result and its log-sum-exp; without, in float32 and for each part, the weighted
     sum of values. With p_peak and p_total, the greatest score, in units of UNIT, and the sum of weights.
+    With p_redo, only for rows that it marks.
     """
     tiles = tl.cdiv(t * group, ROWS)
     # The last queries first: under causality they see most keys, and should not begin when all others end.
@@ -75,6 +76,11 @@ def attention_kernel(
     m_row = o_row < t * group
     o_t, o_head = o_row // group, i_hkv * group + o_row % group
     o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    if p_redo is not None:
+        b_redo = tl.load(p_redo + (i_b * hkv * group + o_head) * t + o_t, mask=m_row, other=0)
+        m_row = b_redo != 0
+        if tl.max(b_redo, axis=0) == 0:
+            return
 
     p_row = p_query + i_b * query_strides[0] + o_head * query_strides[1] + o_t.to(tl.int64) * query_strides[2]
     b_query = load_lines(p_row, o_d, m_row, query_strides[3], HEAD, False).to(DOT)
@@ -184,13 +190,17 @@ def attend(
     parts: int = 1,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    redo: Tensor | None = None,
 ) -> None:
-    """Launch the kernel on a call with rows. In parts, `out`, `peak` and `total` take (o, m, l); no `lse`."""
+    """Launch the kernel on a call with rows. In parts, `out`, `peak` and `total` take (o, m, l); no `lse`.
+
+    With `redo`, int8 `[b, h, t]`, only rows where it is not 0 are written.
+    """
     launch(
         attention_kernel,
         parts * call.row_tiles,
         out,
-        *(*call.tensors(), seed, out, lse, peak, total),
+        *(*call.tensors(), seed, out, lse, peak, total, redo),
         *(*call.numbers(), parts),
         **call.options(),
         ZERO_ROWS=call.zero_masked_rows,

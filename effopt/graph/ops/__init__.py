@@ -12,6 +12,7 @@ from effopt.graph.ops.layer_norm import add_layer_norm, layer_norm
 from effopt.graph.ops.linear import linear
 from effopt.graph.ops.linear_attention import linear_attention
 from effopt.graph.ops.merge_attention import merge_attention
+from effopt.graph.ops.paged_attention import paged_attention
 from effopt.graph.ops.quantized_embedding import quantized_embedding
 from effopt.graph.ops.quantized_linear import quantized_linear
 from effopt.graph.ops.region_blocks import region_blocks
@@ -23,6 +24,7 @@ OPS: tuple[Op, ...] = (
     attention,
     attention_lse,
     merge_attention,
+    paged_attention,
     block_sparse_attention,
     antidiagonal_blocks,
     local_blocks,
@@ -60,6 +62,7 @@ __all__ = [
     "linear_attention",
     "local_blocks",
     "merge_attention",
+    "paged_attention",
     "quantized_embedding",
     "quantized_linear",
     "region_blocks",

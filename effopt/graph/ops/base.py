@@ -43,9 +43,15 @@ class Op:
     """Calls over ordinary and odd shapes, for one floating dtype and device."""
     reference_bytes: Callable[[Operands, Any], float] | None = None
     """Bytes that the reference moves beyond its operands and result, where it makes something large."""
+    least_bytes: Callable[[Operands, Any], float] | None = None
+    """Fewest bytes of (operands, result), where only a part of an operand is read."""
+    contents: Callable[[Operands], Operands] | None = None
+    """Made-up operands -> those that hold what a call might, where other numbers would be no call at all."""
 
     def bytes_moved(self, operands: Operands, result: Any) -> float:
-        """Fewest bytes: each operand read once, each result written once."""
+        """Fewest bytes: each operand read once, each result written once, unless the op counts itself."""
+        if self.least_bytes is not None:
+            return self.least_bytes(operands, result)
         return float(sum(tensor_bytes(v) for v in (*operands.values(), result)))
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +111,8 @@ def op(
     samples: Callable[[torch.dtype, torch.device], Iterable[Sample]],
     fake: Callable[..., Any] | None = None,
     reference_bytes: Callable[[Operands, Any], float] | None = None,
+    least_bytes: Callable[[Operands, Any], float] | None = None,
+    contents: Callable[[Operands], Operands] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Make the decorated reference function the canonical op `effopt::<its name>`."""
 
@@ -114,7 +122,8 @@ def op(
         _LIBRARY.define(name + schema)
         _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
         overload = getattr(torch.ops.effopt, name).default
-        return Op(name, overload, reference, fake or reference, flops, samples, reference_bytes)
+        rules = (flops, samples, reference_bytes, least_bytes, contents)
+        return Op(name, overload, reference, fake or reference, *rules)
 
     return define
 

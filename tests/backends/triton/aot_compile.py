@@ -44,6 +44,7 @@ from effopt.backends.triton import (
     linear_attention,
     linear_attention_backward,
     linear_attention_call,
+    paged_attention,
     quantized_linear,
     rms_norm,
     rope,
@@ -52,6 +53,7 @@ from effopt.backends.triton import (
     stream_k_attention,
     stream_k_merge,
     stream_k_schedule,
+    unified_max_attention,
 )
 
 TARGETS = {
@@ -70,6 +72,7 @@ TYPES |= {
     "p_ddecay": "*fp32",
 }
 TYPES |= {"p_mask": "*u8", "p_query_ids": "*i64", "p_key_ids": "*i64", "p_extents": "*i32", "p_seed": "*i64"}
+TYPES |= {"p_table": "*i32", "p_lengths": "*i32", "p_redo": "*i8"}
 TYPES |= dict.fromkeys(("p_sum", "p_lse", "p_grad_lse", "p_peak", "p_total", "p_delta", "p_spoiled"), "*fp32")
 """Pointers to something else than the dtype of a case."""
 Case = tuple[str, Any, str, dict[str, Any]]
@@ -162,6 +165,7 @@ ATTENTION = {
     "bias, filled": {"FILL": -1e4, "CAUSAL": True, "mask": True, "bias": True, "UNIT": 1.0},
     "anchors, prefix": {"HIDES": True, "ANCHORS": True, "PREFIX": True, "ids": True},
     "dropout": {"HIDES": True, "DROPOUT": 0.1, "seed": True},
+    "redone": {"HIDES": True, "redo": True},
 }
 """Features of a call: options of the kernel, and which operands it has."""
 
@@ -189,6 +193,7 @@ def attention_case(
         "sinks": ["p_sinks"],
         "ids": ["p_query_ids", "p_key_ids"],
         "seed": ["p_seed"],
+        "redo": ["p_redo"],
     }
     for operand, names in operands.items():
         options |= {} if given.pop(operand, False) else dict.fromkeys(names)
@@ -210,7 +215,7 @@ def attention_cases() -> Iterator[Case]:
     yield attention_case("bf16", 4096, 128, "bias, filled")
     yield attention_case("fp32", 4096, 128, "window")
     merge = {"UNIT": attention_tiles.LOG2_E, "ZERO_ROWS": False, "ROWS": decode_attention.MERGED_ROWS}
-    merge |= {"BLOCK_DV": 128, "num_warps": 4, "types": {"p_sum": "*fp32", "p_peak": "*fp32"}}
+    merge |= {"BLOCK_DV": 128, "num_warps": 4}
     name, _, dtype, options = attention_case("bf16", 8, 128, "padded, packed", splits=8)
     streamed = {n: v for n, v in options.items() if n != "types"} | {"REQUESTS": 64}
     yield f"{name}-stream-k", stream_k_attention.stream_k_kernel, dtype, streamed
@@ -218,6 +223,11 @@ def attention_cases() -> Iterator[Case]:
     lines = {n: v for n, v in merge.items() if n != "num_warps"} | {"VALUE_HEAD": 128, "REQUESTS": 64}
     lines |= {"MERGED": stream_k_merge.MERGED_ROWS, "ROWS": options["ROWS"]}
     yield "attention-merge lines", stream_k_merge.merge_lines_kernel, "bf16", lines
+    yield attention_case("bf16", 8, 128, "redone", splits=8)
+    unified = {n: v for n, v in options.items() if n != "types"} | {"PHI": 0.0}
+    yield f"{name}-unified-max", unified_max_attention.unified_max_kernel, dtype, unified
+    added = {n: v for n, v in merge.items() if n != "ZERO_ROWS"} | {"PHI": 0.0, "LEAST": 2.0**-60}
+    yield "attention-add parts", unified_max_attention.add_parts_kernel, "bf16", added
     extents = {"MASK_OVER_KEYS": True, "KEYS": options["KEYS"], "QUERIES": 16}
     yield "attention-extents", stream_k_schedule.extents_kernel, "bf16", extents
 
@@ -255,6 +265,32 @@ def block_sparse_cases() -> Iterator[Case]:
         options |= {"types": {"p_index": "*i32", "p_count": "*i32", "p_seen": "*i8"}}
         kernel = block_sparse_attention.block_sparse_attention_kernel
         yield f"attention-blocks of {block}-{dtype}", kernel, dtype, options
+
+
+def paged_case(dtype: str, queries: int, head: int, page: int, parts: bool = True) -> Case:
+    query, pages = (
+        torch.empty(s, dtype=DTYPES[dtype], device="meta")
+        for s in ((1, 8, queries, head), (1, 1, page, head))
+    )
+    options = paged_attention.options(query, pages, pages, 0.125, 0.0)
+    options |= {"DOT": tl.bfloat16 if dtype == "bf16" else tl.float32}
+    options |= {"types": {"p_out": "*fp32"}} if parts else {"p_peak": None, "p_total": None}
+    name = f"attention-pages of {page}-{dtype}-{8 * queries}x{head}"
+    return name, paged_attention.paged_attention_kernel, dtype, options
+
+
+def paged_cases() -> Iterator[Case]:
+    """A decode step, pages shorter than a tile and longer ones."""
+    yield paged_case("bf16", 1, 128, 16)
+    yield paged_case("fp32", 1, 128, 64)
+
+
+def more_paged_cases() -> Iterator[Case]:
+    """The tail of a prompt, the largest heads, and an odd page."""
+    yield paged_case("bf16", 512, 128, 64, parts=False)
+    for dtype, queries in (("bf16", 1), ("bf16", 512), ("fp32", 512)):
+        yield paged_case(dtype, queries, 256, 16)
+    yield paged_case("bf16", 1, 80, 7)
 
 
 def more_attention_cases() -> Iterator[Case]:
@@ -311,13 +347,19 @@ def linear_attention_cases() -> Iterator[Case]:
 ROW_CASES = tuple(row_cases())
 MATRIX_CASES = (
     *(*quantized_linear_cases(), *int8_linear_cases(), *attention_cases()),
-    *(*block_sparse_cases(), *scan_cases(), *linear_attention_cases(), *attention_gradient_cases()),
+    *(
+        *block_sparse_cases(),
+        *paged_cases(),
+        *scan_cases(),
+        *linear_attention_cases(),
+        *attention_gradient_cases(),
+    ),
 )
 MORE_CASES = {
     f"more-{case[0]}": case
     for case in (
         *(*more_row_cases(), *quantized_linear_cases(is_more=True)),
-        *(*more_attention_cases(), *more_attention_gradient_cases()),
+        *(*more_attention_cases(), *more_attention_gradient_cases(), *more_paged_cases()),
     )
 }
 """Compiled only where a word asks for them: `more` does."""

@@ -88,5 +88,5 @@ def test_rows_and_products_of_other_sizes() -> None:
 def test_attention_of_all_features_and_sizes() -> None:
     """Each takes ptxas seconds."""
     facts = compile_all("more", "attention")
-    assert len({fact["case"] for fact in facts}) == 43
+    assert len({fact["case"] for fact in facts}) == 48
     assert_attention(facts)
