@@ -18,7 +18,7 @@ import effopt
 from effopt.backends import measured, measurements
 from effopt.backends.base import Choice, Lowering, choose
 from effopt.backends.block_attention import LOWERINGS as BLOCKS
-from effopt.backends.made_up_operands import made_up
+from effopt.backends.made_up_operands import made_up, made_up_call
 from effopt.backends.measured import Measurer
 from effopt.backends.native import LOWERINGS as NATIVE
 from effopt.backends.reference import reference_lowering
@@ -251,7 +251,7 @@ def test_an_op_may_say_what_operands_hold() -> None:
     """Pages that are there, and requests of different lengths: integers alone would be neither."""
     pool, q = torch.zeros(20, 2, 4, 8), torch.zeros(3, 2, 1, 8)
     args = (q, pool, pool, torch.zeros(3, 5, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))
-    made = measured._made_up_call(ops.paged_attention, ops.paged_attention.bind(args, {"scale": 1.0}))
+    made = made_up_call(ops.paged_attention, ops.paged_attention.bind(args, {"scale": 1.0}))
     assert made["lengths"].tolist() == [7, 14, 20]
     assert sorted(made["page_table"].unique().tolist()) == sorted(made["page_table"].flatten().tolist())
     assert made["key_pages"].std() > 0.5
