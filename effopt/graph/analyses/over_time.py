@@ -32,6 +32,7 @@ from effopt.graph.rewrite import require
 from effopt.graph.values import is_floating, shape_of, val
 
 _aten = torch.ops.aten
+_UNTAGGED = (_aten.log_sigmoid.default,)  # pointwise, and torch 2.13 does not say so
 _OUTER = (_aten.outer.default, _aten.ger.default)
 _MATMULS = (_aten.matmul.default, _aten.bmm.default)
 
@@ -139,7 +140,7 @@ def require_timed(found: Timed, sizes: Mapping[str, Any], where: Node) -> None:
     elif isinstance(found.value, Apply):
         target = found.value.target
         words = f"{name_of(found.value)}, {target}, is computed in each step: compute it before the loop"
-        is_pointwise = torch.Tag.pointwise in getattr(target, "tags", ())
+        is_pointwise = torch.Tag.pointwise in getattr(target, "tags", ()) or target in _UNTAGGED
         is_plain = not any(isinstance(value, (list, tuple)) for value in arguments_of(found.value))
         require(taken(found) is not None or (is_pointwise and is_plain), words, where)
         for below in _below(found):
