@@ -137,10 +137,12 @@ def is_backwards(series: Iterable[Series], steps: int) -> bool:
     parts = [leaf for each in series for leaf in leaves(each) if isinstance(leaf, Along)]
     backwards = parts[0].stride < 0
     for part in parts:
-        size = val(part.base).shape[part.axis]
-        whole = statically_known_true(size == steps) and part.first == (steps - 1) * backwards
+        size, turned = val(part.base).shape[part.axis], part.stride < 0
+        whole = statically_known_true(size == steps) and part.first == (steps - 1) * turned
         words = f"its steps read {steps} of the {size} places of {part.base.name}, from {part.first}"
-        require(whole and (part.stride < 0) == backwards, words, part.base)
+        require(whole, words, part.base)
+        ways = f"its steps read {part.base.name} and {parts[0].base.name} in opposite directions"
+        require(turned == backwards, ways, part.base)
     return backwards
 
 

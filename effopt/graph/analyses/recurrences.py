@@ -308,9 +308,12 @@ def _require_after_update(chain: Sequence[_Step], values: Sequence[Node], first:
     except Reject:
         return
     is_before = any(isinstance(leaf, State) for leaf in leaves(series))
-    words = (
-        "each step reads the state before its own update, and not after: the first reads what it starts from"
-    )
+    words = "each step reads the state before its own update, and not after"
+    if len(values) > len(chain):
+        words = (
+            f"it collects {len(values)} values, and the loop has {len(chain)} steps: start from zeros, in "
+            "the form of the other steps, and read no state before its own update"
+        )
     require(not is_before, words, values[0])
 
 

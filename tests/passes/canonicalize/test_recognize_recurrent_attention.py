@@ -309,6 +309,16 @@ REFUSED: dict[str, tuple[Body, str]] = {
         ),
         "4 of the 5 places",
     ),
+    "a query from the other end": (
+        lambda q, k, v, g, s: looped(gated, lambda o, q, s, t: (q[:, :, T - 1 - t, None] @ s)[:, :, 0])(
+            q, k, v, g, s
+        ),
+        "in opposite directions",
+    ),
+    "another first step": (
+        looped(lambda s, kv, g, t: s * g[:, :, t, :, None].sigmoid() + kv if t else kv),
+        "start from zeros, in the form of the other steps",
+    ),
     "a state that is kept": (
         keeping,
         "is also read by",
