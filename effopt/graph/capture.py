@@ -218,7 +218,10 @@ def _refuse_transforms(module: GraphModule) -> None:
         if node.target.__name__ == "lazy_load_decompositions" and not node.users:
             module.graph.erase_node(node)  # fills a table for a transform that may have been traced away
         else:
-            raise CaptureRefused(f"a torch.func transform ({node.target.__name__}) inside the graph")
+            raise CaptureRefused(
+                f"a torch.func transform ({node.target.__name__}) inside the graph; write a scan "
+                "as a loop over time (models of transformers: use_associative_scan=False)"
+            )
 
 
 def _refuse_shared_storage(inputs: Sequence[Any], mutated: Sequence[int]) -> None:

@@ -21,20 +21,15 @@ from effopt.graph.analyses.factors import (
     Axes,
     Operand,
     aligned,
-    by_letter,
     call_of,
     factors,
-    letters_of,
     name_of,
-    order_of,
     peeled,
-    sizes_of,
     told,
-    widens,
 )
-from effopt.graph.analyses.lockstep import Along, Apply, Series, State, leaves
-from effopt.graph.analyses.no_ops import COPIES
-from effopt.graph.analyses.recurrences import Recurrence
+from effopt.graph.analyses.lockstep import Series, is_backwards
+from effopt.graph.analyses.readouts import collected_axes, read_out, require_unrounded
+from effopt.graph.analyses.recurrences import Output, Recurrence
 from effopt.graph.rewrite import Emit, require
 from effopt.graph.values import is_floating, shape_of, val
 
@@ -42,7 +37,6 @@ _aten = torch.ops.aten
 _STATE: Axes = ("b", "d", "n")
 _SEQUENCE, _RATES, _PROJECTION = ("b", "d", "t"), ("d", "n"), ("b", "n", "t")
 _WHOLE = tuple(map(frozenset, (_SEQUENCE, _RATES, _PROJECTION)))
-_PRODUCTS = (_aten.matmul.default, _aten.bmm.default)
 
 
 @dataclass(frozen=True)
@@ -70,21 +64,14 @@ def read(found: Recurrence) -> Scan:
     require(decay is not None, "nothing decays its state", found.last)
     assert decay is not None
     rank = len(shape_of(found.last))
-    require(rank == 3, f"its state has {rank} dimensions, not batch, channel and state", found.last)
-    backwards = _direction(found, [decay, found.added, output.series])
+    # Batch, channel and state. What has another is no scan; `recurrent_attention_form` tells of it.
+    require(rank == 3, "", found.last)
+    backwards = is_backwards([decay, found.added, output.series], found.steps)
     a, delta = _rates(decay, found.last)
     u, b = _inputs(found.added, delta, found.last)
-    axes, c = _readout(output.series, found.last)
-    _require_unrounded(output.series, val(output.collected.node).dtype, found.last)
-    at = output.collected.axis
-    require(c is not None, "its read-out is not a sum over the state", found.last)
-    if output.collected.keeps_axis:
-        require(axes[at] is None, "its read-outs are joined along an axis of theirs", output.collected.node)
-        axes = (*axes[:at], *axes[at + 1 :])
-    axes = (*axes[:at], "t", *axes[at:])
+    c, axes = _projection(output, found.last)
     is_known = sorted(map(str, axes)) == sorted(_SEQUENCE)
     require(is_known, f"its outputs have axes {told(axes)}", output.collected.node)
-    assert c is not None
     _require_operands(found, (u, delta, a, b, c, Operand(output.collected.node, axes)))
     return Scan(u, delta, a, b, c, axes, backwards)
 
@@ -136,18 +123,6 @@ def write(emit: Emit, found: Recurrence, scan: Scan) -> tuple[Node, Node]:
     return y, last
 
 
-def _direction(found: Recurrence, series: Sequence[Series]) -> bool:
-    """Whether steps go backwards, of all positions of every tensor. Raises `Reject`."""
-    parts = [leaf for each in series for leaf in leaves(each) if isinstance(leaf, Along)]
-    backwards = parts[0].stride < 0
-    for part in parts:
-        size = shape_of(part.base)[part.axis]
-        whole = statically_known_true(size == found.steps) and part.first == (found.steps - 1) * backwards
-        words = f"its steps read {found.steps} of the {size} places of {part.base.name}, from {part.first}"
-        require(whole and (part.stride < 0) == backwards, words, part.base)
-    return backwards
-
-
 def _rates(decay: Series, where: Node) -> tuple[Operand, Operand]:
     """`a` and `delta` of `exp(delta * a)`."""
     value, axes = peeled(decay, aligned(_STATE, decay, where))
@@ -189,119 +164,17 @@ def _product(operand: Operand) -> list[Operand]:
     return made if len(made) == 2 and all(None not in f.axes for f in made) else [operand]
 
 
-def _readout(series: Any, where: Node) -> tuple[Axes, Operand | None]:
-    """The axes of what is made of a state, and what it was multiplied by and summed over `n` with."""
-    if isinstance(series, State):
-        return _STATE, None
-    call = call_of(series)
-    require(call is not None, f"its read-out holds {name_of(series)}", where)
-    assert call is not None
-    target, args = call
-    if target in _PRODUCTS:
-        return _matrix_product(args, where)
-    if target is _aten.sum.dim_IntList:
-        return _sum(args, where)
-    if target is _aten.einsum.default:
-        return _einsum(args[0], args[1], where)
-    axes, c = _readout(args[0], where)
-    if target in (_aten._to_copy.default, *COPIES):
-        return axes, c
-    if target in (_aten.select.int, _aten.squeeze.dim):
-        dim = args[1] % len(axes)
-        require(axes[dim] is None, f"its read-out takes a part of {axes[dim]}", where)
-        return (*axes[:dim], *axes[dim + 1 :]), c
-    if target is _aten.unsqueeze.default:
-        dim = args[1] % (len(axes) + 1)
-        return (*axes[:dim], None, *axes[dim:]), c
-    order = order_of(target, args, len(axes))
-    require(order is not None, f"its read-out goes through {target}", where)
-    assert order is not None
-    return tuple(axes[i] for i in order), c
-
-
-def _require_unrounded(series: Series, kept: torch.dtype, where: Node) -> None:
-    """No cast of a state, or of what is made of it, loses more than the dtype of what is collected does."""
-    if not isinstance(series, Apply):
-        return
-    if series.target is _aten._to_copy.default:
-        cast = series.nodes[0]
-        fits = widens(cast, cast.args[0]) or (val(cast).dtype == kept and kept.is_floating_point)
-        require(fits, f"its read-out is rounded to {val(cast).dtype}", where)
-    for value in call_of(series)[1]:  # type: ignore[index]
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            if _reads_state(item):
-                _require_unrounded(item, kept, where)
-
-
-def _matrix_product(args: Sequence[Any], where: Node) -> tuple[Axes, Operand | None]:
-    has_state = [_reads_state(x) for x in args[:2]]
-    require(has_state.count(True) == 1, "its read-out multiplies states", where)
-    at = has_state.index(True)
-    axes, c = _readout(args[at], where)
-    is_batch = c is None and len(axes) == 3 and axes[0] == "b"
-    require(is_batch, f"its read-out multiplies {told(axes)} as a matrix", where)
-    summed, kept = (axes[2], axes[1]) if at == 0 else (axes[1], axes[2])
-    sizes = sizes_of(args[1 - at])
-    is_sum = summed == "n" and len(sizes) == 3 and statically_known_true(sizes[2 - at] == 1)
-    require(is_sum, f"its read-out is a product over {summed}, not one sum over n", where)
-    wanted: Axes = ("b", "n", None) if at == 0 else ("b", None, "n")
-    read = _operand(args[1 - at], wanted, where)
-    return (("b", kept, None) if at == 0 else ("b", None, kept)), read
-
-
-def _sum(args: Sequence[Any], where: Node) -> tuple[Axes, Operand | None]:
-    summand, dims, keep, dtype = args
-    require(dtype is None, f"its read-out sums in {dtype}", where)
-    call = call_of(summand)
-    require(call is not None and call[0] is _aten.mul.Tensor, "its read-out sums something else", where)
-    assert call is not None
-    has_state = [_reads_state(x) for x in call[1]]
-    require(has_state.count(True) == 1, "its read-out multiplies states", where)
-    at = has_state.index(True)
-    axes, c = _readout(call[1][at], where)
-    own, made = _sizes(call[1][at], where), sizes_of(summand)
-    is_own = len(own) == len(made) and all(map(statically_known_true, map(operator.eq, own, made)))
-    require(is_own, f"its read-out broadcasts its state, {list(own)}, to {list(made)}", where)
-    dim = axes.index("n") if "n" in axes else -1
-    is_sum = c is None and [d % len(axes) for d in dims or ()] == [dim]
-    require(is_sum, f"its read-out sums over {dims}, not over n", where)
-    read = _operand(call[1][1 - at], aligned(axes, call[1][1 - at], summand), where)
-    return (*axes[:dim], *([None] if keep else []), *axes[dim + 1 :]), read
-
-
-def _einsum(equation: str, operands: Sequence[Any], where: Node) -> tuple[Axes, Operand | None]:
-    has_state = [_reads_state(x) for x in operands]
-    words = letters_of(equation)
-    require(
-        words is not None and has_state in ([True, False], [False, True]),
-        f"its read-out is {equation}",
-        where,
-    )
-    assert words is not None
-    at = has_state.index(True)
-    axes, c = _readout(operands[at], where)
-    known = dict(zip(words[0][at], zip(axes, _sizes(operands[at], where), strict=True), strict=True))
-    other = words[0][1 - at]
-    summed = [known[x][0] for x in known if x not in words[1]]
-    is_sum = c is None and summed == ["n"] and not set(other) - set(known)
-    require(is_sum, f"its read-out is {equation}, not one sum over n", where)
-    read = _operand(operands[1 - at], by_letter(operands[1 - at], other, known), where)
-    return tuple(known[x][0] for x in words[1]), read
-
-
-def _sizes(value: Any, where: Node) -> tuple[Any, ...]:
-    return shape_of(where) if isinstance(value, State) else sizes_of(value)
-
-
-def _reads_state(value: Any) -> bool:
-    return isinstance(value, Series) and any(isinstance(leaf, State) for leaf in leaves(value))
-
-
-def _operand(value: Any, axes: Axes, where: Node) -> Operand:
-    value, axes = peeled(value, axes)
+def _projection(output: Output, where: Node) -> tuple[Operand, Axes]:
+    """`c`, with which a read-out sums over `n`, and the axes of what is collected."""
+    seen = read_out(output.series, _STATE, where)
+    require_unrounded(output.series, val(output.collected.node).dtype, where)
+    require(seen.over is not None, "its read-out is not a sum over the state", where)
+    require(seen.over == "n", f"its read-out sums over {seen.over}, not over n", where)
+    require(seen.scale == 1.0, f"its read-out is scaled by {seen.scale} in each step", where)
+    value, axes = peeled(seen.weight, seen.weight_axes)
     known = isinstance(value, Node) and None not in axes and set(axes) == set(_PROJECTION)
     require(known, f"its read-out is with {name_of(value)} by {told(axes)}, not by (b, n, t)", where)
-    return Operand(value, axes)
+    return Operand(value, axes), collected_axes(output.collected, seen.axes)
 
 
 def _arranged(emit: Emit, operand: Operand, axes: Axes, backwards: bool) -> Node:

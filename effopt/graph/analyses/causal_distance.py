@@ -30,6 +30,9 @@ _EXACT = (torch.float32, torch.float64)
 
 def stop(node: Node) -> Reject:
     """What is raised where the reading ends."""
+    if node.target is _aten.cumsum.default:
+        words = f"the decay is made of {node.name}, a cumulative sum of gates, which is not read from a mask"
+        return Reject(f"{words}: write it as a loop over time, or call the op", node)
     what = "an input" if node.op != "call_function" else str(node.target).removesuffix(".default")
     return Reject(f"the scores are multiplied by {node.name} ({what}), which is not known to be causal", node)
 

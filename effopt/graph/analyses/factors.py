@@ -23,6 +23,7 @@ from effopt.graph.values import shape_of, val
 _aten = torch.ops.aten
 Axes = tuple[str | None, ...]
 """What each dimension of a value is, by a letter; `t` is time; None is one of size 1 that broadcasts."""
+_VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,28 @@ def _below(value: Any, axes: Axes) -> tuple[Any, Axes] | None:
         return args[0], axes
     if target is _aten.expand.default:
         return args[0], aligned(axes, args[0], value)
+    flat = reshaped(target, value, args[0], axes)
+    if flat is not None:
+        return args[0], flat
     order = order_of(target, args, len(axes))
     if order is None:
         return None
     return args[0], tuple(axes[order.index(i)] for i in range(len(axes)))
+
+
+def reshaped(target: Any, value: Any, other: Any, axes: Axes) -> Axes | None:
+    """The axes of `other`, if it is `value` by these axes but for dimensions of size 1, which have none."""
+    if target not in _VIEWS:
+        return None
+    own, sizes = sizes_of(value), sizes_of(other)
+    kept = [axis for axis, size in zip(axes, own, strict=True) if not statically_known_true(size == 1)]
+    left = [i for i, size in enumerate(sizes) if not statically_known_true(size == 1)]
+    wide = [size for size in own if not statically_known_true(size == 1)]
+    is_same = len(left) == len(wide) and all(
+        statically_known_true(sizes[i] == size) for i, size in zip(left, wide, strict=True)
+    )
+    by_place = dict(zip(left, kept, strict=True)) if is_same else {}
+    return tuple(by_place.get(i) for i in range(len(sizes))) if is_same else None
 
 
 def order_of(target: Any, args: Sequence[Any], rank: int) -> list[int] | None:

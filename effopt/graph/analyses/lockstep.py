@@ -11,7 +11,7 @@ nothing random is taken for equal. Looks only.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,6 +127,23 @@ def leaves(series: Series) -> Iterator[Same | Along | State]:
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, Same | Along | State | Apply):
                 yield from leaves(item)
+
+
+def is_backwards(series: Iterable[Series], steps: int) -> bool:
+    """Whether steps go from the last position to the first. Raises `Reject` unless they read all positions.
+
+    `series` hold at least one `Along`.
+    """
+    parts = [leaf for each in series for leaf in leaves(each) if isinstance(leaf, Along)]
+    backwards = parts[0].stride < 0
+    for part in parts:
+        size, turned = val(part.base).shape[part.axis], part.stride < 0
+        whole = statically_known_true(size == steps) and part.first == (steps - 1) * turned
+        words = f"its steps read {steps} of the {size} places of {part.base.name}, from {part.first}"
+        require(whole, words, part.base)
+        ways = f"its steps read {part.base.name} and {parts[0].base.name} in opposite directions"
+        require(turned == backwards, ways, part.base)
+    return backwards
 
 
 class Lockstep:

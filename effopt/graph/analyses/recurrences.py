@@ -69,12 +69,21 @@ class Recurrence:
         return tuple(dict.fromkeys(leaf.base if isinstance(leaf, Along) else leaf.node for leaf in found))
 
 
+class Miss(Reject):
+    """Why what looks like a loop is none."""
+
+    def __init__(self, reason: str, node: Any, state: Node) -> None:
+        super().__init__(reason, node or state)
+        self.state = state
+        """The state after one of its steps."""
+
+
 @dataclass(frozen=True)
 class Found:
     """The recurrences of a graph, and the reasons for what looks like one and is none."""
 
     recurrences: tuple[Recurrence, ...]
-    misses: tuple[Reject, ...]
+    misses: tuple[Miss, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,8 @@ class _Step:
     form: Hashable
     """Which operand is what."""
     previous: Any
-    decay: Node | None
+    decay: Any
+    """A node, or a number; None: nothing decays."""
     added: Any
     product: Node | None
     """The call of `decay * previous`, if it is one of its own."""
@@ -96,17 +106,21 @@ def recurrences(graph: Graph) -> Found:
     """All loops of two steps or more, in graph order."""
     found, misses = [], []
     steps = _by_form(graph)
+    told: set[Node] = set()
     for chain in _chains(steps):
         lockstep = Lockstep([step.previous for step in chain])
         try:
             found.append(_recurrence(chain, lockstep))
+            told.update(step.node for step in chain)
         except Reject as why:
             # A sum of many things, such as a residual stream, is no loop that failed.
             if lockstep.has_parts and why.reason:
-                misses.append(Reject(why.reason, why.node or chain[-1].node))
+                misses.append(Miss(why.reason, why.node, chain[-1].node))
+                told.update(step.node for step in chain)
         except Exception as error:  # noqa: BLE001 - a fault in reading one loop: told there, the others go on
-            misses.append(Reject(f"it cannot be read: {type(error).__name__}: {error}", chain[-1].node))
-    misses.extend(_nonlinear(steps))
+            words = f"it cannot be read: {type(error).__name__}: {error}"
+            misses.append(Miss(words, None, chain[-1].node))
+    misses.extend(miss for miss in _nonlinear(steps) if miss.state not in told)
     return Found(tuple(sorted(found, key=lambda r: r.last)), tuple(misses))
 
 
@@ -118,7 +132,8 @@ def _steps_of(node: Node) -> Iterator[_Step]:
             if isinstance(kept, Node) and kept.target is _aten.mul.Tensor:
                 for j in (0, 1):
                     decay, previous = kept.args[1 - j], kept.args[j]
-                    if isinstance(decay, Node):
+                    is_number = type(decay) in (int, float) and isinstance(previous, Node)
+                    if isinstance(decay, Node) or is_number:
                         yield _Step(node, ("mul", i, j), previous, decay, added, kept)
             yield _Step(node, ("add", i), kept, None, added, None)
     elif node.target is _aten.addcmul.default and bound_arguments(node)["value"] == 1:
@@ -165,19 +180,24 @@ def _chains(steps: _Steps) -> Iterator[list[_Step]]:
             yield alike
 
 
-def _nonlinear(steps: _Steps) -> Iterator[Reject]:
+def _nonlinear(steps: _Steps) -> Iterator[Miss]:
     """Loops of three steps or more whose state goes through a call between steps."""
     for by_node in steps.values():
         length: dict[Node, int] = {}
         for node, step in by_node.items():
             before = step.previous
             inner = before.all_input_nodes if isinstance(before, Node) and before not in by_node else []
+            if step.product is not None and inner and before.target is _aten.mul.Tensor:
+                inner = [operand for operand in inner if operand in by_node]
             if len(inner) == 1 and inner[0] in by_node:
                 length[node] = length.pop(inner[0], 0) + 1
         for node, links in length.items():
             step = by_node[node]
             if links >= 2 and (_reads_part(step.decay) or _reads_part(step.added)):
-                yield Reject(f"between steps its state goes through {step.previous.target}", node)
+                target = step.previous.target
+                twice = target is _aten.mul.Tensor and step.product is not None
+                words = f"between steps its state goes through {target}"
+                yield Miss(f"{words}: multiply the factors first" if twice else words, node, node)
 
 
 def _reads_part(value: Any, depth: int = _SIGNATURE_DEPTH) -> bool:
@@ -267,6 +287,7 @@ def _outputs(chain: Sequence[_Step]) -> tuple[tuple[Output, ...], Lockstep]:
     outputs = []
     for last, first_value in collectors(states[0], (chain[1].node, chain[1].product)).items():
         found = collected(last)
+        _require_after_update(chain, found.values, first_value)
         told = f"{last.name} collects {len(found.values)} values, and the loop has {len(states)} steps"
         require(len(found.values) == len(states), told, last)
         reverse = found.values[0] is not first_value
@@ -274,6 +295,26 @@ def _outputs(chain: Sequence[_Step]) -> tuple[tuple[Output, ...], Lockstep]:
         outputs.append(Output(found, series, reverse))
     _require_independent(states, outputs)
     return tuple(outputs), reads
+
+
+def _require_after_update(chain: Sequence[_Step], values: Sequence[Node], first: Node) -> None:
+    """A read-out takes what its step made of the state, not what its step found."""
+    values = values if values[1:2] == (first,) else values[::-1]
+    before = [*(step.previous for step in chain), chain[-1].node][: len(values)]
+    if values[1:2] != (first,) or len(before) != len(values):
+        return
+    try:
+        series = Lockstep(before).series(values)
+    except Reject:
+        return
+    is_before = any(isinstance(leaf, State) for leaf in leaves(series))
+    words = "each step reads the state before its own update, and not after"
+    if len(values) > len(chain):
+        words = (
+            f"it collects {len(values)} values, and the loop has {len(chain)} steps: start from zeros, in "
+            "the form of the other steps, and read no state before its own update"
+        )
+    require(not is_before, words, values[0])
 
 
 def _require_independent(states: Sequence[Node], outputs: Sequence[Output]) -> None:

@@ -10,6 +10,7 @@ from effopt.passes.canonicalize.recognize_glu import RecognizeGLU
 from effopt.passes.canonicalize.recognize_layer_norm import RecognizeLayerNorm
 from effopt.passes.canonicalize.recognize_linear import RecognizeLinear
 from effopt.passes.canonicalize.recognize_linear_attention import RecognizeLinearAttention
+from effopt.passes.canonicalize.recognize_recurrent_attention import RecognizeRecurrentAttention
 from effopt.passes.canonicalize.recognize_rms_norm import RecognizeRMSNorm
 from effopt.passes.canonicalize.recognize_rope import RecognizeRoPE
 from effopt.passes.canonicalize.recognize_sdpa_call import RecognizeSDPACall
@@ -33,6 +34,7 @@ PASSES: tuple[type[Pass], ...] = (
     RecognizeGLU,
     RecognizeRoPE,
     RecognizeLinear,
+    RecognizeRecurrentAttention,
     RecognizeSelectiveScan,
     ShieldSoftmax,
 )

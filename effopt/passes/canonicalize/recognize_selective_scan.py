@@ -27,6 +27,7 @@ from effopt.graph.analyses.recurrences import recurrences
 from effopt.graph.driver import apply_found
 from effopt.graph.rewrite import Emit, Match, PassResult
 from effopt.graph.scan_form import covered, read, write
+from effopt.graph.values import shape_of
 from effopt.passes.base import Context, Example, GraphPass, Stage
 
 
@@ -45,7 +46,8 @@ class RecognizeSelectiveScan(GraphPass):
         matches = [Match(r.last, covered(r), {"found": r}) for r in found.recurrences]
         result = apply_found(self, module, matches, context.approve)
         for miss in found.misses:
-            if miss.node is not None:
+            # Of states of a head `recognize-recurrent-attention` tells.
+            if miss.node is not None and len(shape_of(miss.state)) == 3:
                 result.reject(self.name, miss.node, miss.reason)
         return result
 

@@ -1,0 +1,139 @@
+"""Recognise linear attention in the loop over time that a model writes.
+
+    for t in range(T):                                              o, s = linear_attention(q, k, v, decay=g)
+        s = exp(g[t]) * s + k[t, :, None] * v[t, None]      =>
+        os.append(q[t] @ s)
+    o = stack(os)
+
+Exact up to reassociation and intermediate rounding; the state is carried in float32 or wider. The decay is
+none, a constant in (0, 1], `exp` of anything or `sigmoid` of anything, one for all, a head, a token or a
+channel of the key; a sigmoid is taken as its logarithm. Factors may be formed of all steps at once or in each
+step; the state is read after its update, from the first step to the last or back. The loop's length is that
+of the traced call. No training needed. Saves most of the graph (six calls a step) and the states between
+chunks of tokens.
+
+Source: Katharopoulos et al. 2020, arXiv:2006.16236, section 3.4; gates: Yang et al. 2023, arXiv:2312.06635,
+section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from effopt.graph.analyses.recurrences import recurrences
+from effopt.graph.driver import apply_found
+from effopt.graph.recurrent_attention_form import covered, read, write
+from effopt.graph.rewrite import Emit, Match, PassResult
+from effopt.graph.values import shape_of
+from effopt.passes.base import Context, Example, GraphPass, Stage
+
+Step = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class RecognizeRecurrentAttention(GraphPass):
+    """A graph pass, for no pattern can say "and so on for every step"."""
+
+    name: ClassVar[str] = "recognize-recurrent-attention"
+    stage: ClassVar[Stage] = Stage.CANONICALIZE
+    after: ClassVar[tuple[str, ...]] = ("spell-einsum",)
+    may_duplicate: ClassVar[bool] = True
+
+    def apply(self, module: GraphModule, context: Context) -> PassResult:
+        """Each loop that is a linear recurrence whose state is a matrix for each head."""
+        found = recurrences(module.graph)
+        matches = [Match(r.last, covered(r), {"found": r}) for r in found.recurrences]
+        result = apply_found(self, module, matches, context.approve)
+        for miss in found.misses:
+            # Of states with three dimensions `recognize-selective-scan` tells.
+            if miss.node is not None and len(shape_of(miss.state)) != 3:
+                result.reject(self.name, miss.node, miss.reason)
+        return result
+
+    def legal(self, m: Match) -> None:
+        read(m.found)
+
+    def outputs(self, m: Match) -> tuple[Node, ...]:
+        """The collected read-outs, and the last state where it is read besides."""
+        collected = m.found.outputs[0].collected.node
+        return (collected, m.found.last) if m.found.reads_last else (collected,)
+
+    def rewrite(self, emit: Emit, m: Match) -> Any:
+        emit.note = f"{m.found.steps} steps"
+        return write(emit, m.found, read(m.found))[: len(self.outputs(m))]
+
+    def samples(self) -> Iterable[Example]:
+        q, k, v, g = _inputs()
+        yield Example(lambda q, k, v: _loop(q, k, v), (q, k, v))
+        yield Example(
+            lambda q, k, v, g: _loop(q, k, v, lambda t: g[:, :, t, None, None].exp()), (q, k, v, g[..., 0])
+        )
+        yield Example(
+            lambda q, k, v, g: _loop(q, k, v, lambda t: g[:, :, t, :, None].sigmoid()), (q, k, v, g)
+        )
+        yield Example(_rows, (q, k, v, g[0, :, 0, 0], torch.randn(2, 3, 4, 5)))
+        yield Example(lambda q, k, v: _einsums(q[:, 0], k[:, 0], v[:, 0]), (q, k, v))
+
+    def refusals(self) -> Iterable[Example]:
+        q, k, v, g = _inputs()
+        plain = lambda t: g[:, :, t, :, None]  # noqa: E731
+        yield Example(lambda q, k, v: _loop(q, k, v, plain), (q, k, v), "is not known to be in (0, 1]")
+        yield Example(lambda q, k, v: _loop(q, k, v, lambda t: 1.5), (q, k, v), "1.5: it grows")
+        yield Example(lambda q, k, v: _loop(q, k, v, lambda t: -0.5), (q, k, v), "no logarithm")
+        by_value = lambda q, k, v: _loop(q, k, v, lambda t: v[:, :, t, None].sigmoid())  # noqa: E731
+        yield Example(by_value, (q, k, v), "differs between channels of the value")
+        other = lambda q, k, v, g: _loop(q, k, v, lambda t: g[:, :, max(t - 1, 0), :, None].exp())  # noqa: E731
+        yield Example(other, (q, k, v, g), "not one after the other")
+        yield Example(_delta_rule, (q, k, v), "depends on the state")
+        yield Example(lambda q, k, v: _loop(q, k, v, bend=torch.tanh), (q, k, v), "its state goes through")
+        yield Example(lambda q, k, v: _loop(q, k, v, before=True), (q, k, v), "before its own update")
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    q, k, v = (torch.randn(2, 3, 4, n) for n in (4, 4, 5))
+    return q, k, v, -torch.rand(2, 3, 4, 4)
+
+
+def _loop(
+    q: Tensor, k: Tensor, v: Tensor, decay: Step | None = None, bend: Step | None = None, before: bool = False
+) -> Tensor:
+    s, out = q.new_zeros(2, 3, 4, 5), []
+    for t in range(q.shape[2]):
+        old = s
+        s = s * decay(t) if decay else s
+        s = s + k[:, :, t, :, None] * v[:, :, t, None]
+        s = bend(s) if bend else s
+        out.append((q[:, :, t, :, None] * (old if before else s)).sum(-2))
+    return torch.stack(out, 2)
+
+
+def _rows(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    out = []
+    for t in range(q.shape[2]):
+        one = slice(t, t + 1)
+        s = rate.exp()[:, None, None] * s + k[:, :, one].transpose(-1, -2) @ v[:, :, one]
+        out.append(q[:, :, one] * 0.5 @ s)
+    return torch.cat(out, 2), s
+
+
+def _einsums(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s, out = q.new_zeros(2, 5, 4), torch.zeros_like(v)
+    for t in range(q.shape[1]):
+        s = 0.9 * s + torch.einsum("bk,bv->bvk", k[:, t], v[:, t])
+        out[:, t] = torch.einsum("bvk,bk->bv", s, q[:, t])
+    return out
+
+
+def _delta_rule(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s, out = q.new_zeros(2, 3, 4, 5), []
+    for t in range(q.shape[2]):
+        key = k[:, :, t, :, None]
+        s = s + key * (v[:, :, t, None] - (s * key).sum(-2, keepdim=True))
+        out.append((q[:, :, t, :, None] * s).sum(-2))
+    return torch.stack(out, 2)
