@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from page import fill
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,7 +44,7 @@ KINDS = (
     *("causal", "window 256", "window 256 anchors 4", "window 1024", "prefix 512"),
     *("chunks 512", "documents 512", "decode"),
 )
-START, END = "<!-- written by benchmarks/attention.py -->", "<!-- end -->"
+SECTION = "<!-- written by benchmarks/attention.py -->"
 
 
 @dataclass(frozen=True)
@@ -214,15 +215,6 @@ def table(measurements: list[dict[str, Any]], about: str) -> str:
     return f"{about}\n\n{head}" + "\n".join(rows)
 
 
-def write(page: Path, text: str) -> None:
-    """Put the table between the marks of a page."""
-    before, _, rest = page.read_text("utf-8").partition(START)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"{page} has no section between {START} and {END}")
-    page.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -273,7 +265,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if arguments.write:
-        write(arguments.write, text)
+        fill(arguments.write, SECTION, text)
 
 
 if __name__ == "__main__":
