@@ -9,8 +9,8 @@ its attentions ran. Attention recall: of the weight that the dense model gives t
 gives to keys which its heads still see; the mean over queries, heads and layers, of the same texts. KV bytes
 are those of the storages of a cache of 1,024 tokens after a prompt of 768 ones and 32 decoded ones, batch 1;
 the tokens must be those of the same model over an ordinary cache, whose streaming heads are masked; both are
-read without Inductor. Nothing is timed. The model has not learned to recall, so what retrieval heads are for shows in its bits per byte only
-in part.
+read without Inductor. Nothing is timed. The model has not learned to recall, so what retrieval heads are for
+shows in its bits per byte only in part.
 """
 
 from __future__ import annotations
