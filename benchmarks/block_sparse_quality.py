@@ -1,6 +1,6 @@
 """What attention over selected blocks costs in quality on the trained tiny language model, against density.
 
-    python benchmarks/block_sparse_quality.py            # about six minutes on one core
+    python benchmarks/block_sparse_quality.py            # about six minutes on one idle core
     python benchmarks/block_sparse_quality.py --page     # and the table of docs/sparse-attention.md
 
 The model is compiled as `torch.compile(model, backend="effopt")` does, and the table names the kernel that it
