@@ -2,6 +2,8 @@
 
     python benchmarks/attention.py --json benchmarks/results/attention-cpu.json
     python benchmarks/attention.py --write docs/attention.md --sizes 2048 8192 --head-sizes 64 --from FILE
+    python benchmarks/attention.py --section block-sparse    # in block_sparse_section.py; --device cuda
+    python benchmarks/attention.py --section linear          # in linear_section.py
 
 Prefill, causal, windowed (with anchors too), with a prefix, chunked and packed (documents in a row, limits as
 values), t from 1k to 8k; and a decode step, one query over a static cache of t keys, a quarter written.
@@ -19,14 +21,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import block_sparse_section
+import linear_section
 import torch
+from page import fill
+from timing import ceilings, medians
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,7 +47,9 @@ KINDS = (
     *("causal", "window 256", "window 256 anchors 4", "window 1024", "prefix 512"),
     *("chunks 512", "documents 512", "decode"),
 )
-START, END = "<!-- written by benchmarks/attention.py -->", "<!-- end -->"
+SECTION = "<!-- written by benchmarks/attention.py -->"
+OTHERS = {"block-sparse": block_sparse_section, "linear": linear_section}
+"""Sections with shapes, versions and a table of their own."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +68,6 @@ class Measurement:
     gflops_per_s: float
     gbytes_per_s: float
     of_ceiling: float
-
-
-def ceilings(device: torch.device) -> tuple[float, float]:
-    """What this machine reaches: FLOP/s of a float32 matrix product, bytes/s read and written by a copy."""
-    a, source = torch.randn(2048, 2048, device=device), torch.randn(1 << 26, device=device)
-    into = torch.empty_like(source)
-    found = []
-    for call, work in ((lambda: a @ a, 2.0 * 2048**3), (lambda: into.copy_(source), 2.0 * 4 * (1 << 26))):
-        seconds = []
-        for _ in range(4):
-            start = clock(device)
-            call()
-            seconds.append(clock(device) - start)
-        found.append(work / min(seconds[1:]))
-    return found[0], found[1]
 
 
 def facts(kind: str, t: int, device: torch.device) -> dict[str, Any]:
@@ -152,14 +143,6 @@ def compiled_flex(
     return lambda: run(*operands, block_mask=blocks, scale=scale)
 
 
-def clock(device: torch.device) -> float:
-    """Seconds: of this thread on a CPU, of the device otherwise."""
-    if device.type == "cpu":
-        return time.thread_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def measure(
     kind: str, t: int, d: int, device: torch.device, rounds: int, flex: bool, most: tuple[float, float]
 ) -> Iterator[Measurement]:
@@ -176,20 +159,12 @@ def measure(
         wanted = ops.attention.reference(q, k, v, scale=d**-0.5, **told)
         for call in calls.values():
             torch.testing.assert_close(call(), wanted, rtol=1e-4, atol=1e-4)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    again = 20 if kind == "decode" else 1  # a step is short beside the clock
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            start = clock(device)
-            for _ in range(again):
-                call()
-            times[name].append((clock(device) - start) / again)
-    medians = {name: statistics.median(found[1:]) for name, found in times.items()}
-    base = medians["sdpa, dense mask"]
+    times = medians(calls, device, rounds, again=20 if kind == "decode" else 1)
+    base = times["sdpa, dense mask"]
     flops = 4.0 * HEADS * queries * t * d * left
     seen = float(mask.reshape(-1, t).any(0).sum()) / t
     bytes_ = 4.0 * d * (2 * HEADS * queries + 2 * KV_HEADS * t * seen)
-    for name, seconds in medians.items():
+    for name, seconds in times.items():
         share = computed if name == "blocks" else (0.5 if name == "sdpa, is_causal" else 1.0)
         share = left if name == "flex" else share
         reached = flops / seconds, bytes_ / seconds
@@ -201,7 +176,7 @@ def measure(
         )
 
 
-def table(measurements: list[dict[str, Any]], about: str) -> str:
+def table(measurements: list[dict[str, Any]], heading: str) -> str:
     """As Markdown."""
     head = "| mask | t | d | version | ms | times as fast | computed | open | GFLOP/s | GB/s | of ceiling |\n"
     head += "|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|\n"
@@ -211,25 +186,56 @@ def table(measurements: list[dict[str, Any]], about: str) -> str:
         f" {m['of_ceiling']:.2f} |"
         for m in measurements
     ]
-    return f"{about}\n\n{head}" + "\n".join(rows)
+    return f"{heading}\n\n{head}" + "\n".join(rows)
 
 
-def write(page: Path, text: str) -> None:
-    """Put the table between the marks of a page."""
-    before, _, rest = page.read_text("utf-8").partition(START)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"{page} has no section between {START} and {END}")
-    page.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+def run_section(arguments: argparse.Namespace) -> None:
+    """Measure, print and keep one of the other sections."""
+    section, device = OTHERS[arguments.section], torch.device(arguments.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    most, rows = ceilings(device, dtype), []
+    _, about_fla = linear_section.fla_or_why(device)
+    with torch.no_grad():
+        for t in arguments.sizes or section.SIZES[device.type]:
+            for d in arguments.head_sizes or section.HEAD_SIZES:
+                rows += section.measure(t, d, device, dtype, arguments.rounds, most)
+                print(section.table(rows).splitlines()[-1], flush=True)
+    found = {
+        "machine": machine(),
+        "ceilings": {"matmul_flops_per_s": most[0], "copy_bytes_per_s": most[1]},
+        "dtype": str(dtype).removeprefix("torch."),
+        "heads": section.HEADS,
+        "rounds": arguments.rounds,
+        **({"fla": about_fla} if arguments.section == "linear" else {}),
+        "measurements": rows,
+    }
+    text = f"{about(found)}{f' {about_fla}.' if 'fla' in found else ''}\n\n{section.table(rows)}"
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if arguments.write:
+        fill(arguments.write, section.SECTION, text)
+
+
+def about(found: dict[str, Any]) -> str:
+    """What was measured on."""
+    text = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if value)
+    text += f"; {found.get('dtype', 'float32')}, batch 1, {found['heads']} heads,"
+    text += f" median of {found['rounds']} rounds. Ceilings:"
+    text += f" {found['ceilings']['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s,"
+    return text + f" {found['ceilings']['copy_bytes_per_s'] / 1e9:.1f} GB/s."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--section", choices=("masks", *OTHERS), default="masks")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--head-sizes", type=int, nargs="+", default=HEAD_SIZES)
+    parser.add_argument("--sizes", type=int, nargs="+", help="tokens; each section has its own")
+    parser.add_argument("--head-sizes", type=int, nargs="+")
     parser.add_argument("--kinds", nargs="+", default=KINDS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--flex", action="store_true", help="FlexAttention too; compiles once a row")
@@ -237,6 +243,12 @@ def main() -> None:
     parser.add_argument("--from", type=Path, dest="source", help="take the numbers of an earlier --json")
     parser.add_argument("--write", type=Path, help="a page whose table is replaced")
     arguments = parser.parse_args()
+    if arguments.section in OTHERS:
+        if arguments.source:
+            parser.error("--from is for section masks")
+        run_section(arguments)
+        return
+    arguments.sizes, arguments.head_sizes = arguments.sizes or SIZES, arguments.head_sizes or HEAD_SIZES
     if arguments.source:
         found = json.loads(arguments.source.read_text("utf-8"))
         wanted = (arguments.kinds, arguments.sizes, arguments.head_sizes)
@@ -264,16 +276,12 @@ def main() -> None:
             "rounds": arguments.rounds,
             "measurements": done,
         }
-    about = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if value)
-    about += f"; float32, batch 1, {found['heads']} heads, median of {found['rounds']} rounds. Ceilings:"
-    about += f" {found['ceilings']['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s,"
-    about += f" {found['ceilings']['copy_bytes_per_s'] / 1e9:.1f} GB/s."
-    text = table(found["measurements"], about)
+    text = table(found["measurements"], about(found))
     print(text)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if arguments.write:
-        write(arguments.write, text)
+        fill(arguments.write, SECTION, text)
 
 
 if __name__ == "__main__":

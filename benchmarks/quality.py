@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
+
+from page import fill
 
 from effopt.commands.bench_quality import DEFAULT
 from effopt.commands.language_model import load_language_model
@@ -28,17 +29,14 @@ from effopt.tradeoff.render import as_markdown, as_tables
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality-tiny-lm-cpu.json"
 PAGE, PICTURE = ROOT / "docs" / "quality.md", ROOT / "docs" / "quality-tiny-lm.png"
-SECTION = re.compile(r"(<!-- written by benchmarks/quality.py -->\n).*?(<!-- end -->)", re.DOTALL)
+SECTION = "<!-- written by benchmarks/quality.py -->"
 
 
 def publish(result: Tradeoff) -> None:
     """Write the tables into the page, and the picture beside it."""
     text = f"{as_markdown(result)}\n\n![KL divergence against each cost]({PICTURE.name})\n"
-    written, found = SECTION.subn(lambda m: f"{m[1]}\n{text}\n{m[2]}", PAGE.read_text(encoding="utf-8"))
-    if found != 1:
-        raise SystemExit(f"{PAGE} has no section for the tables")
+    fill(PAGE, SECTION, f"\n{text}")
     PICTURE.write_bytes(as_png(result))
-    PAGE.write_text(written, encoding="utf-8")
 
 
 def main() -> None:

@@ -1,13 +1,16 @@
 """What streaming heads cost the trained tiny language model, and what its cache then holds.
 
-    python benchmarks/split_heads_quality.py          # some twenty minutes on two cores
+    python benchmarks/split_heads_quality.py          # some ten minutes on two cores
     python benchmarks/split_heads_quality.py --page   # and the table of docs/compressing.md
 
 For each share of retrieval heads and each window a plan is calibrated on training text, then held-out text is
-judged under it. KV bytes are those of the storages of a cache of 1,024 tokens after a prompt of 768 ones and
-32 decoded ones, batch 1; the tokens must be those of the same model over an ordinary cache, whose streaming
-heads are masked. Nothing is timed. The model has not learned to recall, so what retrieval heads are for shows
-in its bits per byte only in part.
+judged under it, compiled as `torch.compile(model, backend="effopt")` does; the table names the kernels that
+its attentions ran. Attention recall: of the weight that the dense model gives to all keys, the share that it
+gives to keys which its heads still see; the mean over queries, heads and layers, of the same texts. KV bytes
+are those of the storages of a cache of 1,024 tokens after a prompt of 768 ones and 32 decoded ones, batch 1;
+the tokens must be those of the same model over an ordinary cache, whose streaming heads are masked; both are
+read without Inductor. Nothing is timed. The model has not learned to recall, so what retrieval heads are for
+shows in its bits per byte only in part.
 """
 
 from __future__ import annotations
@@ -15,33 +18,61 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from page import fill
+from torch import Tensor
 from transformers import StaticCache
 
 import effopt
+from effopt.bench import machine
 from effopt.decoding import Decoder
 from effopt.testing import quality
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "split-heads-tiny-lm-cpu.json"
 PAGE = ROOT / "docs" / "compressing.md"
-SECTION = re.compile(r"(<!-- written by benchmarks/split_heads_quality.py -->\n).*?(<!-- end -->)", re.DOTALL)
+SECTION = "<!-- written by benchmarks/split_heads_quality.py -->"
 WAYS = [(1.0, 64), (0.75, 64), (0.5, 64), (0.25, 64), (0.0, 64), (0.5, 256), (0.0, 256)]
 """(share of the KV heads that see all keys, last tokens that the others see)."""
 SINK, LENGTH, PROMPT, STEPS = 4, 1024, 768, 32
 
 
-def compiled(model: Any, plan: Any) -> Any:
-    """The model under a plan; without Inductor, for nothing is timed."""
+def compiled(model: Any, plan: Any, lowering: str = "auto") -> Any:
+    """The model under a plan."""
     torch._dynamo.reset()
-    options = {"plans": plan, "lowering": "eager"}
+    options = {"plans": plan, "lowering": lowering}
     return torch.compile(copy.deepcopy(model).forward, backend="effopt", dynamic=False, options=options)
+
+
+@torch.no_grad()
+def attention_recall(model: Any, texts: Any, plan: Any) -> float:
+    """Share of the dense model's weights that lie on keys which its heads see under a plan."""
+    dense = copy.deepcopy(model)
+    dense.set_attn_implementation("eager")
+    length = quality.QUICK.context
+    rows = [text.tokens[:length] for text in texts if len(text.tokens) >= length][: quality.QUICK.texts]
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    kept = []
+    for row in rows:
+        attentions = dense(row[None], output_attentions=True).attentions
+        for weights, entry in zip(attentions, plan.sections[0].entries, strict=True):
+            by_head = torch.ones(weights.shape[1], dtype=torch.float64)
+            for head in (entry.decision or {}).get("streaming", ()):
+                seen = seen_by_streaming(length, entry.decision["sink"], entry.decision["recent"])
+                these = slice(head * group, (head + 1) * group)
+                by_head[these] = (weights[0, these].double() * seen).sum(-1).mean(-1)
+            kept.append(float(by_head.mean()))
+    return sum(kept) / len(kept)
+
+
+def seen_by_streaming(length: int, sink: int, recent: int) -> Tensor:
+    """Which keys a query of a streaming head sees, causality aside: bool `[length, length]`."""
+    at = torch.arange(length)
+    return (at < sink) | (at > at.unsqueeze(-1) - recent)
 
 
 def measure(model: Any, texts: Any, batches: Any, share: float, recent: int) -> dict[str, Any]:
@@ -49,15 +80,17 @@ def measure(model: Any, texts: Any, batches: Any, share: float, recent: int) -> 
     plan = effopt.calibrate(
         model, batches, f"split-heads-by-role{{retrieval={share},sink={SINK},recent={recent}}}"
     )
-    with torch.no_grad():
+    with torch.no_grad(), effopt.record() as report:
         found = quality.evaluate(compiled(model, plan), texts, reference=model, tier=quality.QUICK)
+    ran = [low.kernel for graph in report.graphs for low in graph.lowerings if low.op == "attention"]
+    assert len(ran) >= model.config.num_hidden_layers * len(report.graphs), ran
+    assert "reference" not in ran, ran
     prompt = texts[0].tokens[None, :PROMPT]
     tokens, kv_bytes = [], []
     for is_split in (True, False):
         cache: Any = effopt.cache_for(model, plan, max_cache_len=LENGTH)
-        decoder = Decoder(
-            compiled(model, plan), cache if is_split else StaticCache(model.config, LENGTH), prompt, LENGTH
-        )
+        forward = compiled(model, plan, "eager")  # the tokens and the bytes, which no kernel changes
+        decoder = Decoder(forward, cache if is_split else StaticCache(model.config, LENGTH), prompt, LENGTH)
         tokens.append([int(decoder.decode(1)) for _ in range(STEPS)])
         kv_bytes.append(decoder.kv_bytes)
     if tokens[0] != tokens[1]:
@@ -68,6 +101,8 @@ def measure(model: Any, texts: Any, batches: Any, share: float, recent: int) -> 
         "retrieval": share,
         "recent": recent,
         "streaming_kv_heads": streaming,
+        "kernels": sorted(set(ran)),
+        "attention_recall": attention_recall(model, texts, plan),
         "kv_bytes": kv_bytes[0],
         "ordinary_kv_bytes": kv_bytes[1],
         **metrics,
@@ -77,14 +112,16 @@ def measure(model: Any, texts: Any, batches: Any, share: float, recent: int) -> 
 def as_table(result: dict[str, Any]) -> str:
     """The rows in Markdown."""
     lines = [
-        f"{result['parameters'] / 1e6:.2f} M parameters, float32, torch {result['torch']}; sink {SINK};"
-        f" {result['kv_heads']} KV heads in all; a cache of {LENGTH} tokens, batch 1.",
+        f"{result['parameters'] / 1e6:.2f} M parameters, float32, torch {result['machine']['torch']};"
+        f" sink {SINK}; {result['kv_heads']} KV heads in all; a cache of {LENGTH} tokens, batch 1.",
         "",
-        "| `retrieval` | `recent` | bits per byte | KL, nats a token | agreement | KV bytes | of ordinary |",
-        "| --: | --: | --: | --: | --: | --: | --: |",
+        "| `retrieval` | `recent` | kernels | attention recall | bits per byte | KL, nats a token |"
+        " agreement | KV bytes | of ordinary |",
+        "| --: | --: | --- | --: | --: | --: | --: | --: | --: |",
     ]
     lines += [
-        f"| {row['retrieval']} | {row['recent']} | {row['bits_per_byte']['value']:.4f} |"
+        f"| {row['retrieval']} | {row['recent']} | {', '.join(row['kernels'])} |"
+        f" {row['attention_recall']:.4f} | {row['bits_per_byte']['value']:.4f} |"
         f" {max(row['kl']['value'], 0.0):.4f} | {row['agreement']['value']:.4f} | {row['kv_bytes']:,} |"
         f" {row['kv_bytes'] / row['ordinary_kv_bytes']:.3f} |"
         for row in result["rows"]
@@ -98,6 +135,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--page", action="store_true", help="refresh the table of docs/compressing.md")
+    parser.add_argument("--ways", type=int, nargs="+", default=range(len(WAYS)), help="rows, from 0")
     settings = parser.parse_args()
     sys.path.insert(0, str(ROOT / "examples" / "tiny_lm"))
     import data
@@ -111,23 +149,17 @@ def main() -> None:
     batches = [torch.stack(long[i : i + 4]) for i in range(0, len(long), 4)]
     heads = model.config.num_hidden_layers * model.config.num_key_value_heads
     result: dict[str, Any] = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "machine": machine(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "kv_heads": heads,
         "rows": [],
     }
-    for share, recent in WAYS:
+    for share, recent in (WAYS[i] for i in settings.ways):
         result["rows"].append(measure(model, texts, batches, share, recent))
         print(as_table(result).splitlines()[-1], flush=True)
     settings.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if settings.page:
-        written, found = SECTION.subn(
-            lambda m: f"{m[1]}\n{as_table(result)}\n\n{m[2]}", PAGE.read_text(encoding="utf-8")
-        )
-        if found != 1:
-            raise SystemExit(f"{PAGE} has no section for the table")
-        PAGE.write_text(written, encoding="utf-8")
+        fill(PAGE, SECTION, f"\n{as_table(result)}\n")
 
 
 if __name__ == "__main__":

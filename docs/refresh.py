@@ -6,17 +6,20 @@ python docs/refresh.py --demo    # and the demo, which compiles: about a minute 
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from page import fill
 
 from effopt.commands.passes import as_markdown
 from effopt.plugins.manager import build_registry
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-SECTION = re.compile(r"(<!-- demo: written by docs/refresh.py -->\n).*?(<!-- end of demo -->)", re.DOTALL)
+START, END = "<!-- demo: written by docs/refresh.py -->", "<!-- end of demo -->"
 COMMAND = "import sys; sys.argv[0] = 'effopt'; from effopt.cli import main; sys.exit(main())"
 
 
@@ -34,10 +37,7 @@ def demo() -> None:
     )
     shown = done.stdout.decode().replace(str(page), page.name)
     text = "\n".join(line.rstrip() for line in shown.splitlines())
-    written, found = SECTION.subn(lambda m: f"{m[1]}```text\n{text}\n```\n{m[2]}", README.read_text("utf-8"))
-    if found != 1:
-        raise SystemExit("README.md has no section for the demo")
-    README.write_text(written, encoding="utf-8")
+    fill(README, START, f"```text\n{text}\n```", END)
 
 
 if __name__ == "__main__":

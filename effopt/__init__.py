@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from effopt.errors import PluginError as PluginError
     from effopt.errors import ReleasedWeightError as ReleasedWeightError
     from effopt.errors import UnexpectedOps as UnexpectedOps
+    from effopt.graph.kept_blocks import forget_blocks as forget_blocks
     from effopt.graph.ops.base import Op as Op
     from effopt.graph.ops.base import Sample as Sample
     from effopt.graph.ops.base import op as op
@@ -75,6 +76,7 @@ _HOMES = {
         "ReleasedWeightError",
         "UnexpectedOps",
     ),
+    "effopt.graph.kept_blocks": ("forget_blocks",),
     "effopt.graph.ops.base": ("Op", "Sample", "op"),
     "effopt.graph.pattern": ("any_of", "chain", "number", "tensor"),
     "effopt.graph.rewrite": ("Emit", "Match", "PassResult", "require"),

@@ -25,6 +25,7 @@ from effopt.graph import release
 from effopt.graph.analyses.gradients import differentiable
 from effopt.graph.capture import Captured, capture
 from effopt.graph.held_masks import STANDS_ON, HeldMasks
+from effopt.graph.kept_blocks import KeptBlocks, give_blocks, reusing
 from effopt.graph.restore import restore
 from effopt.graph.weights import DerivedWeights
 from effopt.options import Options
@@ -258,10 +259,15 @@ class _Compilation:
         weights.materialize(lowered)
         release.note_readers(lowered, weights)
         given = [*inputs, *weights.lift(lowered)]
-        if self.options.outline and self.options.lowering != "eager":
-            with self._timed("outline"):
-                self.report.outlined = outline(lowered, given, captured.training)
-        compiled = self._hand_over(lowered, given)
+        kept = KeptBlocks.of(lowered, given)
+        if kept is None:
+            compiled = self._finish(lowered, given, captured.training)
+        else:
+            again, blocks = reusing(lowered)
+            give_blocks(lowered)
+            choose = self._finish(lowered, given, captured.training)
+            reuse = self._finish(again, [*given, *blocks], captured.training)
+            compiled = run_time.between_steps(choose, reuse, kept)
         if self.options.release_weights:
             self.report.take(release.release(lowered, weights))
         return run_time.with_fresh_weights(compiled, weights)
@@ -313,6 +319,12 @@ class _Compilation:
 
     def _settings(self) -> dict[str, Any]:
         return {**inductor.mode_options(self.options.mode), **self.options.inductor}
+
+    def _finish(self, module: GraphModule, inputs: Sequence[Any], training: bool) -> Callable[..., Any]:
+        if self.options.outline and self.options.lowering != "eager":
+            with self._timed("outline"):
+                self.report.outlined = outline(module, inputs, training)
+        return self._hand_over(module, inputs)
 
     def _hand_over(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.options.lowering == "eager":

@@ -10,6 +10,7 @@ import torch
 
 from effopt.graph import release
 from effopt.graph.held_masks import HeldMasks
+from effopt.graph.kept_blocks import KeptBlocks
 from effopt.graph.weights import DerivedWeights
 
 Compiled = Callable[..., Any]
@@ -37,6 +38,22 @@ def while_masks_hold(compiled: Compiled, masks: HeldMasks, otherwise: Callable[[
 
     def call(*inputs: Any) -> Any:
         return (compiled if masks.hold(inputs) else make())(*inputs)
+
+    return call
+
+
+def between_steps(choose: Compiled, reuse: Compiled, kept: KeptBlocks) -> Compiled:
+    """Run `choose`, which returns its blocks too, at one call in so many; else `reuse`, which takes them."""
+
+    def call(*inputs: Any) -> Any:
+        steps = kept.steps_of(inputs)
+        if kept.may_reuse(steps, inputs):
+            steps.done += 1
+            return reuse(*inputs, *steps.blocks)
+        steps.forget()
+        results = choose(*inputs)
+        kept.take(steps, inputs, results[-kept.count :])
+        return results[: -kept.count]
 
     return call
 

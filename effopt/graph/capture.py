@@ -82,7 +82,7 @@ def capture(module: GraphModule, inputs: Sequence[Any]) -> Captured:
             if isinstance(inputs[position], torch.Tensor) and inputs[position].requires_grad:
                 raise CaptureRefused(f"input {names[position]} requires a gradient and is written in place")
     _refuse_shared_storage(inputs, mutated)
-    _keep_identity(module, exported)
+    keep_identity(module, exported)
     opaque.put_back(exported, calls)
     asks_for_gradient = any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs)
     normalize.remove_grad_mode(exported, training, asks_for_gradient)
@@ -239,7 +239,7 @@ def _refuse_shared_storage(inputs: Sequence[Any], mutated: Sequence[int]) -> Non
                 raise CaptureRefused(_SHARED)
 
 
-def _keep_identity(original: GraphModule, exported: GraphModule) -> None:
+def keep_identity(original: GraphModule, exported: GraphModule) -> None:
     """Keep what AOTAutograd reads of a Dynamo graph: guard sources and static inputs."""
     exported.meta.update(original.meta)
     for name in ("_param_name_to_source",):

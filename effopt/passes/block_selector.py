@@ -22,6 +22,8 @@ from effopt.passes.site import Site, SitePass
 
 _UNREACHED = -1e9
 """No score comes near a fill at or below this: what is masked takes no weight from what is not."""
+SELECTED = "selected-blocks"
+"""What a pass provides that writes attention over blocks that it selects."""
 _UNKNOWN = ("bias", "sinks", "query_ids", "anchors", "prefix")
 
 
@@ -50,6 +52,7 @@ class BlockSelector(SitePass):
 
     stage: ClassVar[Stage] = Stage.ATTENTION
     after: ClassVar[tuple[str, ...]] = ("prove-causal", "recover-mask-structure", "prove-rows-see-key")
+    provides: ClassVar[tuple[str, ...]] = (SELECTED,)
     causal: ClassVar[bool | None] = None
     """Whether it takes attention with causality, without, or either."""
 

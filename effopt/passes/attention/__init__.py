@@ -7,6 +7,7 @@ from effopt.passes.attention.prove_causal import ProveCausal
 from effopt.passes.attention.prove_rows_see_key import ProveRowsSeeKey
 from effopt.passes.attention.rebase_positions import RebasePositions
 from effopt.passes.attention.recover_mask_structure import RecoverMaskStructure
+from effopt.passes.attention.reuse_blocks_between_steps import ReuseBlocksBetweenSteps
 from effopt.passes.attention.route_attention_by_region import RouteAttentionByRegion
 from effopt.passes.attention.scale_positions import ScalePositions
 from effopt.passes.attention.select_blocks_by_antidiagonal import SelectBlocksByAntidiagonal
@@ -27,4 +28,5 @@ PASSES: tuple[type[Pass], ...] = (
     KeepSinkAndLocalBlocks,
     StrideBlocksByHead,
     RouteAttentionByRegion,
+    ReuseBlocksBetweenSteps,
 )
