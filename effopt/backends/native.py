@@ -73,7 +73,7 @@ def sdpa(
     keeps_zero = zero_masked_rows and (mask is None or fill is None or not math.isfinite(fill))
     if keeps_zero or rows_see_key:
         return out
-    return _restore_blind_rows(out, value, bias, mask, fill)
+    return restore_blind_rows(out, value, bias, mask, fill)
 
 
 def _mask_for_kernel(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -92,7 +92,7 @@ def _absorbs(fill: float, dtype: torch.dtype) -> bool:
     return torch.finfo(dtype).min <= fill <= _ABSORBING
 
 
-def _restore_blind_rows(
+def restore_blind_rows(
     out: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, fill: float | None
 ) -> Tensor:
     """Give rows that see no key what softmax gives: NaN for -inf, the mean of the values for a finite one."""
