@@ -63,28 +63,24 @@ class _Seen:
     mask: Tensor | None
     """`[b or 1, h or 1, t or 1, s or 1]`."""
 
-    def operands(self) -> tuple[Any, ...]:
-        """What `open` reads besides numbers that are known now."""
-        symbols = (self.low, self.high, self.anchors, self.prefix, self.s)
-        given = (*(x for x in symbols if isinstance(x, torch.SymInt)), self.ids, self.mask)
-        return tuple(x for x in given if x is not None)
+    def operands(self) -> tuple[Tensor, ...]:
+        """What `open` reads besides numbers."""
+        return tuple(x for x in (self.ids, self.mask) if x is not None)
 
-    def open(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor, *given: Any) -> Tensor:
+    def open(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor, *given: Tensor) -> Tensor:
         """Whether query q sees key k: `mask_mod`."""
-        rest = list(given)
-        numbers = (self.low, self.high, self.anchors, self.prefix, self.s)
-        low, high, anchors, prefix, s = (rest.pop(0) if isinstance(x, torch.SymInt) else x for x in numbers)
+        low, high, anchors, prefix, s = self.low, self.high, self.anchors, self.prefix, self.s
         seen = k >= 0
         if low is not None:
             seen = seen & (k - q >= low if anchors is None else (k - q >= low) | (k < anchors))
         if high is not None:
             seen = seen & (k - q <= high if prefix is None else (k - q <= high) | (k < prefix))
         if self.ids is not None:
-            ids = rest.pop(0)
+            ids = given[0]
             entry = b if ids.shape[0] > 1 else torch.zeros_like(b)
             same = ids[entry, k] == ids[entry, s + q]
             seen = seen & (same if anchors is None else same | (k < anchors))
-        return seen & _at(rest.pop(0), b, h, q, k) if self.mask is not None else seen
+        return seen & _at(given[-1], b, h, q, k) if self.mask is not None else seen
 
     def blocks(self) -> tuple[Tensor, Tensor]:
         """Blocks that may be open somewhere, and those that are open everywhere; bool `[b, h, nq, nk]`."""
@@ -242,6 +238,13 @@ def _refuses_sizes(operands: Operands) -> str | None:
     query, key = operands["query"], operands["key"]
     if query.dim() != 4:
         return f"wants a batch and heads, 4 dimensions, got {query.dim()}"
+    fixed = (*query.shape[1::2], *key.shape[1::2], *operands["value"].shape[1::2])
+    if not all(isinstance(n, int) for n in fixed):
+        return "the number of heads or their size is a symbol: FlexAttention wants both fixed"
+    told = [operands[n] for n in ("low", "high", "anchors", "prefix", "query_ids", "mask", "bias")]
+    read = any(isinstance(x, (Tensor, torch.SymInt)) for x in told)
+    if read and not all(isinstance(n, int) for n in (*query.shape, *key.shape)):
+        return "sizes that are symbols, and ids, a mask, a bias or bounds of sizes: Inductor finds no kernel"
     if not statically_known_true(query.shape[-2] > 1):
         return "one query, or perhaps one: FlexAttention's kernel for that is wrong where no key is open"
     if not all(statically_known_true(n > 0) for n in (*query.shape, *key.shape, *operands["value"].shape)):

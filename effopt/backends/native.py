@@ -67,7 +67,8 @@ def sdpa(
         dropout_p,
         is_causal,
         scale=scale,
-        enable_gqa=query.dim() == 4 and key.shape[1] != query.shape[1],
+        # Of symbolic heads a comparison is no bool until it is asked for.
+        enable_gqa=bool(query.dim() == 4 and key.shape[1] != query.shape[1]),
     )
     out = out.reshape(*query.shape[:-1], value.shape[-1])
     keeps_zero = zero_masked_rows and (mask is None or fill is None or not math.isfinite(fill))

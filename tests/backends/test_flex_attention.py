@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -205,6 +206,46 @@ def test_it_is_measured_and_not_taken_unasked_where_blocks_run() -> None:
     assert "flex" in asked
     refused = dict(choose(lowerings, CPU, bound, bound["query"], True).refused)
     assert "has no backward" in refused["flex"]
+
+
+def test_symbols_that_are_refused() -> None:
+    """Inductor finds no kernel for them; a window of numbers alone is taken."""
+    found: dict[str, list[str]] = {}
+
+    def windowed(q: Tensor, **more: Any) -> Tensor:
+        at = torch.arange(q.shape[2])
+        keep = (at <= at[:, None]) & (at > at[:, None] - 4)
+        if "document" in more:
+            keep = keep & (more["document"][:, None, :, None] == more["document"][:, None, None, :])
+        return (q @ q.mT).masked_fill(~keep, -math.inf).softmax(-1) @ q
+
+    class Asked:
+        @effopt.hookimpl
+        def effopt_lowerings(self) -> list[Lowering]:
+            def supports(target: Target, operands: Any) -> str:
+                found.setdefault(name, []).append(str(FLEX.supports(target, operands)))
+                return "only asked"
+
+            return [Lowering(ops.attention, "asked", flex_attention, supports, lambda *_: 0.0)]
+
+    options: Any = {"plugins": [Asked()]}
+    more = {"document": torch.zeros(2, 40, dtype=torch.int64)}
+    for name, given, sizes in (  # noqa: B007  # `supports` reads it
+        ("numbers", {}, (2,)),
+        ("heads", {}, (1, 2)),
+        ("ids", more, (2,)),
+    ):
+        torch._dynamo.reset()
+        q = torch.randn(2, 3, 40, 8)
+        for size in sizes:
+            torch._dynamo.maybe_mark_dynamic(q, size)
+        for x in given.values():
+            torch._dynamo.maybe_mark_dynamic(x, 1)
+        with torch.no_grad():
+            torch.compile(windowed, backend="effopt", options=options)(q, **given)
+    assert found["numbers"] == ["None"]
+    assert "the number of heads" in found["heads"][0]
+    assert "sizes that are symbols, and ids" in found["ids"][0]
 
 
 @pytest.mark.slow
