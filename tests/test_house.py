@@ -36,6 +36,7 @@ LAYER = {
     "calibration": 6,
     "tuning": 6,
     "cache_edits": 5,
+    "prepacking": 5,
     "split_layers": 4,
     "cache_layers": 5,
     "caches": 6,

@@ -18,6 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule
 
 from effopt.backends.aliasing import SettleAliases
+from effopt.backends.flex_attention import flex_attention
 from effopt.backends.outline import OUTLINED
 from effopt.backends.vector_probe import SETTING, takes_vectors
 
@@ -56,6 +57,7 @@ def compile_graph(
         "unsafe_marked_cacheable_functions": marked,
         _BEFORE_LOWERING: _first(SettleAliases(), theirs),
         **_shared_files(options.get(_AFTER_FUSION) or getattr(config, _AFTER_FUSION, None)),
+        **_whole_templates(module),
     }
     with _own_buffers(module), _known_to_write_nothing(module):
         compiled: Callable[..., Any] = inductor.compile(module, list(inputs), options=patches)
@@ -86,6 +88,16 @@ def _shared_files(theirs: Any) -> dict[str, Any]:
     from effopt.backends.kernel_files import ShareFiles  # imports all of Inductor
 
     return {_AFTER_FUSION: ShareFiles()}
+
+
+def _whole_templates(module: GraphModule) -> dict[str, Any]:
+    """The setting that keeps what reads FlexAttention's result out of its kernel.
+
+    On a CPU its template takes no epilogue. Inductor fuses one all the same, and fails (torch 2.13).
+    """
+    graphs = [m.graph for m in module.modules() if isinstance(m, GraphModule)]
+    is_there = any(g.find_nodes(op="call_function", target=flex_attention) for g in graphs)
+    return {"epilogue_fusion": False} if is_there else {}
 
 
 def run_eagerly(module: GraphModule) -> Callable[..., Any]:

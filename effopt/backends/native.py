@@ -48,14 +48,15 @@ def sdpa(operands: Operands) -> Tensor:
         operands["dropout_p"],
         operands["is_causal"],
         scale=operands["scale"],
-        enable_gqa=query.dim() == 4 and key.shape[1] != query.shape[1],
+        # Of symbolic heads a comparison is no bool until it is asked for.
+        enable_gqa=bool(query.dim() == 4 and key.shape[1] != query.shape[1]),
     )
     out = out.reshape(*query.shape[:-1], value.shape[-1])
     fill = operands["fill"]
     keeps_zero = operands["zero_masked_rows"] and (mask is None or fill is None or not math.isfinite(fill))
     if keeps_zero or operands["rows_see_key"]:
         return out
-    return _restore_blind_rows(out, value, bias, mask, fill)
+    return restore_blind_rows(out, value, bias, mask, fill)
 
 
 def _mask_for_kernel(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -74,7 +75,7 @@ def _absorbs(fill: float, dtype: torch.dtype) -> bool:
     return torch.finfo(dtype).min <= fill <= _ABSORBING
 
 
-def _restore_blind_rows(
+def restore_blind_rows(
     out: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, fill: float | None
 ) -> Tensor:
     """Give rows that see no key what softmax gives: NaN for -inf, the mean of the values for a finite one."""

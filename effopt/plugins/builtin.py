@@ -11,6 +11,7 @@ from effopt.backends.block_attention import LOWERINGS as BLOCK_ATTENTION
 from effopt.backends.block_sparse import LOWERINGS as BLOCK_SPARSE
 from effopt.backends.chunked_linear_attention import LOWERINGS as CHUNKED_LINEAR
 from effopt.backends.chunked_scan import LOWERINGS as CHUNKED_SCAN
+from effopt.backends.flex_attention import LOWERINGS as FLEX
 from effopt.backends.int8_products import LOWERINGS as INT8_PRODUCTS
 from effopt.backends.native import LOWERINGS as NATIVE
 from effopt.backends.paged_requests import LOWERINGS as PAGED_REQUESTS
@@ -43,5 +44,6 @@ def effopt_lowerings() -> Sequence[Lowering]:
     from effopt.backends.triton import LOWERINGS as TRITON
 
     attention = (*BLOCK_ATTENTION, *BLOCK_SPARSE, *PAGED_REQUESTS, *NATIVE, *ATTENTION_PARTS)
+    attention = (*BLOCK_ATTENTION, *BLOCK_SPARSE, *NATIVE, *FLEX, *ATTENTION_PARTS)
     native = (*attention, *QUANTIZED, *INT8_PRODUCTS, *CHUNKED_SCAN, *CHUNKED_LINEAR)
     return (*TRITON, *native, *(reference_lowering(op) for op in OPS))
