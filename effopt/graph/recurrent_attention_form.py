@@ -171,11 +171,11 @@ def write(emit: Emit, found: Recurrence, form: RecurrentForm) -> tuple[Node, Nod
         more["decay"] = _decay(emit, steps, form, given[0], wide)
     if found.start is not None:
         more["state"] = _start(emit, found.start, form, wide)
-    given = [_cast(emit, node, dtype) for node in given]
+    given = [emit.cast(node, dtype) for node in given]
     both = emit(ops.linear_attention, *given, scale=form.scale, **more)
-    y = _cast(emit, emit(operator.getitem, both, 0), wanted)
+    y = emit.cast(emit(operator.getitem, both, 0), wanted)
     y = emit(_aten.flip.default, y, [2]) if output.reverse else y
-    last = _cast(emit, emit(operator.getitem, both, 1), held)
+    last = emit.cast(emit(operator.getitem, both, 1), held)
     for _ in range(4 - len(shape_of(found.last))):
         y, last = (emit(_aten.squeeze.dim, x, 0) for x in (y, last))
     axes = columns[4 - len(form.out) :]
@@ -204,7 +204,7 @@ def _decay(emit: Emit, steps: Steps, form: RecurrentForm, query: Node, wide: tor
 
 
 def _logarithm(emit: Emit, factor: Factor, of: Node, wide: torch.dtype) -> Node:
-    of = _cast(emit, of, wide)
+    of = emit.cast(of, wide)
     if factor.kind is Kind.CONSTANT:
         of = emit(_aten.log.default, of)
     elif factor.kind is not Kind.EXPONENT:
@@ -218,14 +218,10 @@ def _start(emit: Emit, start: Node, form: RecurrentForm, wide: torch.dtype) -> N
     start = emit(_aten.transpose.int, start, -2, -1) if form.channel == "n" else start
     for _ in range(4 - len(shape_of(start))):
         start = emit(_aten.unsqueeze.default, start, 0)
-    return _cast(emit, start, wide)
+    return emit.cast(start, wide)
 
 
 def _like(emit: Emit, node: Node, order: Sequence[int], old: Node) -> Node:
     """Turned, and laid out as what it takes the place of."""
     node = node if list(order) == sorted(order) else emit(_aten.permute.default, node, list(order))
     return node if val(node).stride() == val(old).stride() else emit(_aten.contiguous.default, node)
-
-
-def _cast(emit: Emit, node: Node, dtype: torch.dtype) -> Node:
-    return node if val(node).dtype == dtype else emit(_aten._to_copy.default, node, dtype=dtype)

@@ -112,10 +112,10 @@ def write(emit: Emit, found: Recurrence, scan: Scan) -> tuple[Node, Node]:
     given = [_arranged(emit, operand, order, scan.backwards) for operand, order in operands]
     dtype = torch.promote_types(val(given[0]).dtype, wanted)
     # The op computes in the dtype of `u`, or float32: a wider state is scanned as wide as it was.
-    given[0] = _cast(emit, given[0], state if state == torch.float64 else dtype)
+    given[0] = emit.cast(given[0], state if state == torch.float64 else dtype)
     result = emit(ops.selective_scan, *given, *(() if found.start is None else (found.start,)))
-    y = _cast(emit, emit(operator.getitem, result, 0), wanted)
-    last = _cast(emit, emit(operator.getitem, result, 1), state)
+    y = emit.cast(emit(operator.getitem, result, 0), wanted)
+    last = emit.cast(emit(operator.getitem, result, 1), state)
     y = emit(_aten.flip.default, y, [2]) if output.reverse else y
     y = _permuted(emit, y, _SEQUENCE, scan.y)
     if val(y).stride() != val(collected).stride():
@@ -186,7 +186,3 @@ def _arranged(emit: Emit, operand: Operand, axes: Axes, backwards: bool) -> Node
 def _permuted(emit: Emit, node: Node, axes: Axes, wanted: Axes) -> Node:
     order = [axes.index(axis) for axis in wanted]
     return node if order == list(range(len(axes))) else emit(_aten.permute.default, node, order)
-
-
-def _cast(emit: Emit, node: Node, dtype: torch.dtype) -> Node:
-    return node if val(node).dtype == dtype else emit(_aten._to_copy.default, node, dtype=dtype)

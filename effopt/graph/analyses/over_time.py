@@ -15,12 +15,12 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.graph.analyses.einsum_letters import letters_of
 from effopt.graph.analyses.factors import (
     Axes,
     aligned,
     by_letter,
     call_of,
-    letters_of,
     name_of,
     peeled,
     sizes_of,
