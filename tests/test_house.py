@@ -30,6 +30,7 @@ LAYER = {
     "plugins": 4,
     "pipeline": 5,
     "model_graphs": 5,
+    "compilation": 5,
     "compile": 6,
     "": 7,  # effopt/__init__.py, which only re-exports
     "bench": 7,
