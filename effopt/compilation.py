@@ -25,7 +25,8 @@ from effopt.graph.restore import restore
 from effopt.graph.weights import DerivedWeights
 from effopt.options import Options
 from effopt.passes.base import Context, Pass
-from effopt.passes.plan import Plan, Plans
+from effopt.passes.plan import Plan
+from effopt.passes.plans import Plans
 from effopt.passes.region import RegionPass
 from effopt.plugins.manager import Registry
 from effopt.plugins.observers import observers

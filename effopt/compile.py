@@ -20,7 +20,8 @@ from effopt.graph import release
 from effopt.graph.held_masks import STANDS_ON
 from effopt.options import Options
 from effopt.passes.base import Pass
-from effopt.passes.plan import Plan, plans_from
+from effopt.passes.plan import Plan
+from effopt.passes.plans import plans_from
 from effopt.plugins.manager import Registry, build_registry
 from effopt.plugins.report import GraphReport, Report
 
