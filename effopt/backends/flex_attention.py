@@ -156,6 +156,20 @@ def _joined(query_ids: Tensor, key_ids: Tensor) -> Tensor:
     return torch.cat([x.to(wide).expand(b, -1) for x in (key_ids, query_ids)], -1)
 
 
+@torch.library.custom_op("effopt::stored", mutates_args=())
+def _stored(x: Tensor) -> Tensor:
+    """A copy in memory, for what the graph computes.
+
+    Of that, Inductor 2.13's template finds only the expression, and then no kernel: `NoValidChoicesError`.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@_stored.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 @by_operands(ops.attention)
 def flex_attention(operands: Operands) -> Tensor:
     """`ops.attention` through `flex_attention`; arguments as there."""
@@ -176,7 +190,8 @@ def flex_attention(operands: Operands) -> Tensor:
     )
     settings = {"BACKEND": "AUTO", "OUTPUT_LOGSUMEXP": False, "OUTPUT_MAX": False}
     given = (query, key, value, score, blocks.as_tuple(), operands["scale"], settings)
-    out = _flex(*given, added, seen.operands())[0].contiguous()
+    read = (tuple(map(_stored, added)), tuple(map(_stored, seen.operands())))
+    out = _flex(*given, *read)[0].contiguous()
     fill, mask = operands["fill"], operands["mask"]
     keeps_zero = operands["zero_masked_rows"] and (fill is None or not math.isfinite(fill))
     if operands["rows_see_key"] or keeps_zero:

@@ -25,6 +25,7 @@ from effopt.graph.analyses.loop_decay import Factor, Kind, decay_of
 from effopt.graph.analyses.over_time import Timed, factors_of, nodes_of, number_of, require_timed, timed
 from effopt.graph.analyses.readouts import collected_axes, read_out, require_unrounded
 from effopt.graph.analyses.recurrences import Recurrence
+from effopt.graph.layouts import laid_out_as, require_dense
 from effopt.graph.rewrite import Emit, require
 from effopt.graph.steps import Steps
 from effopt.graph.values import shape_of, val
@@ -113,6 +114,8 @@ def _inputs(added: Timed, channel: str, where: Node) -> tuple[tuple[Timed, ...],
 
 def _require_operands(form: RecurrentForm, found: Recurrence) -> None:
     where, sizes = found.last, _sizes(found)
+    require_dense(found.outputs[0].collected.node)
+    require_dense(found.last)
     other = form.value_channel
     require(other not in form.query.letters, f"its query, {form.query}, has the channel of the value", where)
     has_query = form.channel in form.query.letters or statically_known_true(sizes[form.channel] == 1)
@@ -171,6 +174,10 @@ def write(emit: Emit, found: Recurrence, form: RecurrentForm) -> tuple[Node, Nod
         more["decay"] = _decay(emit, steps, form, given[0], wide)
     if found.start is not None:
         more["state"] = _start(emit, found.start, form, wide)
+    elif any(factor.kind not in (Kind.NUMBER, Kind.CONSTANT) for factor in form.decay):
+        # A gate of the first token that is NaN or infinite spoils zeros: 0 * NaN is NaN.
+        sizes = [steps.sizes[axis] for axis in ("b", "h", form.channel, form.value_channel)]
+        more["state"] = emit(_aten.new_zeros.default, given[0], sizes, dtype=wide)
     given = [emit.cast(node, dtype) for node in given]
     both = emit(ops.linear_attention, *given, scale=form.scale, **more)
     y = emit.cast(emit(operator.getitem, both, 0), wanted)
@@ -224,4 +231,4 @@ def _start(emit: Emit, start: Node, form: RecurrentForm, wide: torch.dtype) -> N
 def _like(emit: Emit, node: Node, order: Sequence[int], old: Node) -> Node:
     """Turned, and laid out as what it takes the place of."""
     node = node if list(order) == sorted(order) else emit(_aten.permute.default, node, list(order))
-    return node if val(node).stride() == val(old).stride() else emit(_aten.contiguous.default, node)
+    return laid_out_as(emit, node, old)

@@ -30,6 +30,7 @@ from effopt.graph.analyses.factors import (
 from effopt.graph.analyses.lockstep import Series, is_backwards
 from effopt.graph.analyses.readouts import collected_axes, read_out, require_unrounded
 from effopt.graph.analyses.recurrences import Output, Recurrence
+from effopt.graph.layouts import laid_out_as, require_dense
 from effopt.graph.rewrite import Emit, require
 from effopt.graph.values import is_floating, shape_of, val
 
@@ -73,6 +74,8 @@ def read(found: Recurrence) -> Scan:
     is_known = sorted(map(str, axes)) == sorted(_SEQUENCE)
     require(is_known, f"its outputs have axes {told(axes)}", output.collected.node)
     _require_operands(found, (u, delta, a, b, c, Operand(output.collected.node, axes)))
+    require_dense(output.collected.node)
+    require_dense(found.last)
     return Scan(u, delta, a, b, c, axes, backwards)
 
 
@@ -118,9 +121,7 @@ def write(emit: Emit, found: Recurrence, scan: Scan) -> tuple[Node, Node]:
     last = emit.cast(emit(operator.getitem, result, 1), state)
     y = emit(_aten.flip.default, y, [2]) if output.reverse else y
     y = _permuted(emit, y, _SEQUENCE, scan.y)
-    if val(y).stride() != val(collected).stride():
-        y = emit(_aten.contiguous.default, y)
-    return y, last
+    return laid_out_as(emit, y, collected), laid_out_as(emit, last, found.last)
 
 
 def _rates(decay: Series, where: Node) -> tuple[Operand, Operand]:
