@@ -35,7 +35,7 @@ demo: .venv/installed  ## a small model, compiled, checked and reported on
 test: .venv/plugin  ## all tests but the sweep; ARGS='tests/graph -k blocks' narrows them
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
 
-sweep: .venv/plugin  ## the tests marked slow: capture of sixty more architectures
+sweep: .venv/plugin  ## the tests marked slow: sixty more architectures, further spellings and sizes
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
 
 check: .venv/installed  ## format, lint and types

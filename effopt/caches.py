@@ -45,7 +45,7 @@ def cache_for(model: nn.Module, plan: Plan, *, max_cache_len: int | None = None)
         raise EffoptError(
             "effopt.cache_for makes caches of transformers: pip install transformers"
         ) from error
-    from effopt.cache_layers import build
+    from effopt.cache_layout import build
 
     model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     decoder = _decoder(model)

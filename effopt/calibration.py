@@ -14,7 +14,8 @@ from effopt.errors import OptionError, PlanError
 from effopt.graph.analyses.layers import Layer, stacks
 from effopt.model_graphs import run_calls, transformed
 from effopt.passes.base import Pass
-from effopt.passes.plan import Plan, Plans, Section
+from effopt.passes.plan import Plan, Section
+from effopt.passes.plans import Plans
 from effopt.passes.region import RegionPass
 from effopt.plugins.manager import build_registry
 

@@ -16,7 +16,7 @@ from effopt.graph.restore import restore
 from effopt.graph.weights import DerivedWeights
 from effopt.graph.weights import Entry as Constant
 from effopt.passes.base import Context, Pass
-from effopt.passes.plan import Plans
+from effopt.passes.plans import Plans
 from effopt.target import target_of_inputs
 
 

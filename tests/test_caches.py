@@ -14,7 +14,8 @@ import torch
 import transformers
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from effopt.cache_layers import AbsentLayer, build
+from effopt.cache_layers import AbsentLayer
+from effopt.cache_layout import build
 from effopt.caches import cache_for
 from effopt.errors import EffoptError, PlanError
 from effopt.passes.plan import Entry, Plan, PlannedStack, Section

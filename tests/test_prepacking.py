@@ -151,7 +151,8 @@ def test_batches_that_are_refused() -> None:
         ((ids, mask[:, :-1]), None, r"one shape \[b, t\]"),
         ((ids, mask), 19, "make `length` larger"),
         ((long, long), None, "40 tokens, and GPT2LMHeadModel has 32 positions"),
-        ((ids[:0], mask[:0]), None, "no prompt"),
+        ((ids[:0], mask[:0]), None, r"got a batch \(0, "),
+        ((ids[:, :0], mask[:, :0]), None, r"got a batch \(\d+, 0\)"),
     ):
         with pytest.raises(EffoptError, match=reason):
             effopt.prepack(model, *wrong, length=length)
@@ -160,20 +161,31 @@ def test_batches_that_are_refused() -> None:
 BLOOM = {"hidden_size": 32, "n_head": 4, "n_layer": 2}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("kind", "config", "reason"),
     [
-        ("bloom", BLOOM, "does not keep packed prompts apart|position_ids"),
+        ("bloom", BLOOM, "does not keep packed prompts apart"),
         ("mamba", {"state_size": 4, "num_hidden_layers": 1}, "'linear_attention', to which"),
     ],
 )
 def test_models_that_do_not_keep_prompts_apart_are_refused(
-    kind: str, config: dict[str, Any], reason: str
+    kind: str, config: dict[str, Any], reason: str, dtype: torch.dtype
 ) -> None:
+    """In 16 bits too, where rounding is as large as what BLOOM makes of it."""
     made = transformers.AutoConfig.for_model(kind, vocab_size=64, pad_token_id=0, **config)
-    model = transformers.AutoModelForCausalLM.from_config(made).eval()
+    model = transformers.AutoModelForCausalLM.from_config(made).eval().to(dtype)
     with pytest.raises(EffoptError, match=reason):
         effopt.prepack(model, *batch("right"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_trial_in_float32_leaves_a_model_of_16_bits_as_it_is(dtype: torch.dtype) -> None:
+    model, (ids, mask) = build("llama").to(dtype), batch("left")
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    effopt.prepack(model, ids, mask)
+    after = model.state_dict()
+    assert all(x.dtype == after[name].dtype and torch.equal(x, after[name]) for name, x in before.items())
 
 
 def test_models_that_are_refused() -> None:

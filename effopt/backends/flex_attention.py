@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from effopt.backends.base import Lowering
+from effopt.backends.base import Lowering, by_operands
 from effopt.backends.native import restore_blind_rows
 from effopt.graph import ops
 from effopt.graph.ops.attention import band_share, open_keys, score_flops
@@ -37,8 +37,8 @@ _UNREACHED = -1e9
 """No score comes near a fill at or below this: what is masked takes no weight from what is not."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SLOWER = 3.0
-"""How much longer than the roofline. No figure of a quiet machine: above `blocks`, within what is measured,
-for each call of a template is a file that the C++ compiler takes seconds for."""
+"""How much longer than the roofline, guessed: above `blocks`, within what is measured on request, for each
+call of a template is a file that the C++ compiler takes seconds for."""
 _CALL_S = 1e-4
 """Seconds of a call beside its arithmetic: the block mask, and buffers for each thread."""
 _GUESSED_SHARE = 0.5
@@ -156,37 +156,27 @@ def _joined(query_ids: Tensor, key_ids: Tensor) -> Tensor:
     return torch.cat([x.to(wide).expand(b, -1) for x in (key_ids, query_ids)], -1)
 
 
-def flex_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    fill: float | None = None,
-    is_causal: bool = False,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    zero_masked_rows: bool = False,
-    rows_see_key: bool = False,
-    low: int | None = None,
-    high: int | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    anchors: int | None = None,
-    prefix: int | None = None,
-) -> Tensor:
+@torch.library.custom_op("effopt::stored", mutates_args=())
+def _stored(x: Tensor) -> Tensor:
+    """A copy in memory, for what the graph computes.
+
+    Of that, Inductor 2.13's template finds only the expression, and then no kernel: `NoValidChoicesError`.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@_stored.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@by_operands(ops.attention)
+def flex_attention(operands: Operands) -> Tensor:
     """`ops.attention` through `flex_attention`; arguments as there."""
     from torch.nn.attention.flex_attention import BlockMask  # imports all of Inductor
 
-    t, s, device = query.shape[-2], key.shape[-2], query.device
-    if is_causal:
-        high, prefix = 0 if high is None else torch.sym_min(high, 0), None
-    ids = None if query_ids is None or key_ids is None else _joined(query_ids, key_ids)
-    dense = None if mask is None else _four_dimensional(mask)
-    seen = _Seen(t, s, device, low, high, anchors, prefix, ids, dense)
+    query, key, value, bias, softcap = (operands[n] for n in ("query", "key", "value", "bias", "softcap"))
+    seen = _seen(operands)
     added = () if bias is None else (_four_dimensional(bias),)
 
     def score(x: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, *given: Tensor) -> Tensor:
@@ -196,16 +186,33 @@ def flex_attention(
     somewhere, everywhere = seen.blocks()
     partly, whole = _listed(somewhere & ~everywhere), _listed(somewhere & everywhere)
     blocks = BlockMask.from_kv_blocks(
-        *(*partly, *whole), _BLOCK, seen.open, seq_lengths=(t, s), compute_q_blocks=False
+        *(*partly, *whole), _BLOCK, seen.open, seq_lengths=(seen.t, seen.s), compute_q_blocks=False
     )
     settings = {"BACKEND": "AUTO", "OUTPUT_LOGSUMEXP": False, "OUTPUT_MAX": False}
-    out = _flex(query, key, value, score, blocks.as_tuple(), scale, settings, added, seen.operands())[0]
-    out = out.contiguous()
-    if rows_see_key or (zero_masked_rows and (fill is None or not math.isfinite(fill))):
+    given = (query, key, value, score, blocks.as_tuple(), operands["scale"], settings)
+    read = (tuple(map(_stored, added)), tuple(map(_stored, seen.operands())))
+    out = _flex(*given, *read)[0].contiguous()
+    fill, mask = operands["fill"], operands["mask"]
+    keeps_zero = operands["zero_masked_rows"] and (fill is None or not math.isfinite(fill))
+    if operands["rows_see_key"] or keeps_zero:
         return out
-    allowed = open_keys(t, s, device, low, high, query_ids, key_ids, anchors, prefix)
+    ids = (operands["query_ids"], operands["key_ids"])
+    bounds = (seen.low, seen.high, *ids, seen.anchors, seen.prefix)
+    allowed = open_keys(seen.t, seen.s, seen.device, *bounds)
     both = allowed if mask is None else mask if allowed is None else mask & allowed
     return restore_blind_rows(out, value, bias, both, fill)
+
+
+def _seen(operands: Operands) -> _Seen:
+    """Which keys a call lets its queries see; `is_causal` is a bound like others."""
+    query, key, mask, high, prefix = (operands[n] for n in ("query", "key", "mask", "high", "prefix"))
+    if operands["is_causal"]:
+        high, prefix = 0 if high is None else torch.sym_min(high, 0), None
+    query_ids, key_ids = operands["query_ids"], operands["key_ids"]
+    ids = None if query_ids is None or key_ids is None else _joined(query_ids, key_ids)
+    dense = None if mask is None else _four_dimensional(mask)
+    t, s, device = query.shape[-2], key.shape[-2], query.device
+    return _Seen(t, s, device, operands["low"], high, operands["anchors"], prefix, ids, dense)
 
 
 def _supports(target: Target, operands: Operands) -> str | None:

@@ -11,7 +11,8 @@ from torch.fx import Node
 from effopt.graph import ops
 from effopt.graph.analyses import heads
 from effopt.graph.analyses.heads import equal
-from effopt.graph.analyses.score_terms import Scores, Term, fold, is_row_maximum
+from effopt.graph.analyses.row_maximum import is_row_maximum
+from effopt.graph.analyses.score_terms import Scores, Term, fold
 from effopt.graph.constants import guarded_number
 from effopt.graph.pattern import Step
 from effopt.graph.rewrite import Emit, Match, require
@@ -127,12 +128,12 @@ def write(emit: Emit, form: AttentionForm) -> Node:
     query, key, value = (_in_frame(emit, x, scores) for x in (query, key, form.value))
     key, value = grouped(emit, query, key, value)
     dtype = torch.promote_types(torch.promote_types(val(query).dtype, val(key).dtype), val(value).dtype)
-    query, key, value = (_cast(emit, x, dtype) for x in (query, key, value))
+    query, key, value = (emit.cast(x, dtype) for x in (query, key, value))
     scale = scores.scale * by_query * by_key
     out = emit(ops.attention, query, key, value, scale=scale, **_options(emit, form, dtype))
     if len(shape_of(out)) != len(shape_of(form.root)):
         out = emit(_aten.reshape.default, out, [-1, _size(emit, query, -2), _size(emit, value, -1)])
-    return _cast(emit, out, val(form.root).dtype)
+    return emit.cast(out, val(form.root).dtype)
 
 
 def _options(emit: Emit, form: AttentionForm, dtype: torch.dtype) -> dict[str, Any]:
@@ -206,10 +207,6 @@ def _expanded(emit: Emit, node: Node, query: Node) -> Node:
         node,
     )
     return emit(_aten.expand.default, node, [*(_size(emit, query, i) for i in range(rank - 2)), -1, -1])
-
-
-def _cast(emit: Emit, node: Node, dtype: torch.dtype) -> Node:
-    return node if val(node).dtype == dtype else emit(_aten._to_copy.default, node, dtype=dtype)
 
 
 def _bias(emit: Emit, terms: tuple[Term, ...], dtype: torch.dtype) -> Node:

@@ -58,7 +58,8 @@ def forget_blocks(model: nn.Module) -> None:
     """Have the next call of a model choose its blocks of keys, as before another prompt or another image.
 
     Args:
-        model: compiled or not. Without `reuse-blocks-between-steps` it keeps none, and nothing happens.
+        model: the one that was compiled, or a module around it; a part of it may hold none of what is kept.
+            Without `reuse-blocks-between-steps` nothing is kept, and nothing happens.
     """
     for parameter in model.parameters():
         steps = _STEPS.get(id(parameter))

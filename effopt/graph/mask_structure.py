@@ -10,8 +10,6 @@ beside what was recovered of it: the op takes both, and they agree.
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +22,9 @@ from effopt.graph.analyses.masks.conditions import Origin
 from effopt.graph.analyses.masks.forms import AXES
 from effopt.graph.analyses.masks.reading import covers
 from effopt.graph.analyses.masks.sums import Axis, Element, Quotient, Sum, Symbol
+from effopt.graph.mask_sums import bound_of, joined, numbers
 from effopt.graph.rewrite import Emit, require
-from effopt.graph.values import shape_of, val
+from effopt.graph.values import shape_of
 
 _aten = torch.ops.aten
 _KINDS: dict[type, str] = {
@@ -227,78 +226,15 @@ def write(emit: Emit, p: Plan, query: Node, key: Node, mask: Node | None) -> dic
     for name in ("low", "high", "anchors", "prefix"):
         bound = getattr(p.told, name)
         if bound is not None:
-            found[name] = _size(emit, bound)
+            found[name] = bound_of(emit, bound)
     if p.told.groups is not None:
-        found["query_ids"] = _numbers(emit, p.told.groups.query, "query", query)
-        found["key_ids"] = _numbers(emit, p.told.groups.key, "key", key)
+        found["query_ids"] = numbers(emit, p.told.groups.query, "query", query)
+        found["key_ids"] = numbers(emit, p.told.groups.key, "key", key)
     if mask is not None:
-        found["mask"] = mask if p.whole else _joined(emit, p.rest, _aten.logical_and.default, rank)
+        found["mask"] = mask if p.whole else joined(emit, p.rest, _aten.logical_and.default, rank)
     else:
-        found["mask"] = _joined(emit, p.rest, _aten.logical_and.default, rank)
+        found["mask"] = joined(emit, p.rest, _aten.logical_and.default, rank)
         parts = [Origin(a.node, a.at) for a in p.added]
-        found["bias"] = _joined(emit, parts, _aten.add.Tensor, rank)
+        found["bias"] = joined(emit, parts, _aten.add.Tensor, rank)
         found["fill"] = p.fill
     return found
-
-
-def _size(emit: Emit, s: Sum) -> Any:
-    total: Any = s.constant
-    for atom, by in s.terms:
-        node = atom.node  # type: ignore[union-attr]
-        node = node if by == 1 else emit(operator.mul, node, by)
-        total = node if total == 0 else emit(operator.add, node, total)
-    return total
-
-
-def _joined(emit: Emit, origins: Sequence[Origin], op: Any, rank: int) -> Node | None:
-    total: Node | None = None
-    for origin in origins:
-        node = _laid_out(emit, origin.node, origin.at, AXES[4 - rank :])
-        total = node if total is None else emit(op, total, node)
-    return total
-
-
-def _laid_out(emit: Emit, node: Node, at: Sequence[Sum], names: Sequence[str]) -> Node:
-    """A node whose dimensions are numbers or axes, with one for each of `names`, of length 1 if it is new."""
-    sizes = shape_of(node)
-    ordered = len(at) == len(names) and all(
-        getattr(s.only, "name", "") == name or (s.number == 0 and statically_known_true(size == 1))
-        for s, name, size in zip(at, names, sizes, strict=True)
-    )
-    if ordered:
-        return node
-    axes: list[str] = []
-    for dim in reversed(range(len(at))):
-        if at[dim].number is not None:
-            node = emit(_aten.select.int, node, dim, at[dim].constant)
-        else:
-            axes.insert(0, at[dim].only.name)  # type: ignore[union-attr]
-    wanted = [axes.index(n) for n in names if n in axes]
-    if wanted != sorted(wanted):
-        node = emit(_aten.permute.default, node, wanted)
-    for dim, name in enumerate(names):
-        if name not in axes:
-            node = emit(_aten.unsqueeze.default, node, dim)
-    return node
-
-
-def _numbers(emit: Emit, s: Sum, axis: str, along: Node) -> Node:
-    """A sum over one axis and, perhaps, the batch, as integers `[b, n]` or `[1, n]`."""
-    total: Node | None = None
-    for atom, by in sorted(s.terms, key=lambda term: repr(term[0])):
-        node = _number(emit, atom, axis, along)
-        node = node if by == 1 else emit(_aten.mul.Tensor, node, by)
-        total = node if total is None else emit(_aten.add.Tensor, total, node)
-    assert total is not None
-    return emit(_aten.add.Tensor, total, s.constant) if s.constant else total
-
-
-def _number(emit: Emit, atom: Any, axis: str, along: Node) -> Node:
-    if isinstance(atom, Quotient):
-        return emit(_aten.floor_divide.default, _numbers(emit, atom.of, axis, along), atom.by)
-    if isinstance(atom, Element):
-        return _laid_out(emit, atom.node, atom.at, ("batch", axis))
-    n = shape_of(along)[-2]
-    size = n if isinstance(n, int) else emit(_aten.sym_size.int, along, len(shape_of(along)) - 2)
-    device = val(along).device
-    return emit(_aten.unsqueeze.default, emit(_aten.arange.default, size, device=device), 0)

@@ -25,6 +25,7 @@ from effopt.graph.analyses.loop_decay import Factor, Kind, decay_of
 from effopt.graph.analyses.over_time import Timed, factors_of, nodes_of, number_of, require_timed, timed
 from effopt.graph.analyses.readouts import collected_axes, read_out, require_unrounded
 from effopt.graph.analyses.recurrences import Recurrence
+from effopt.graph.layouts import laid_out_as, require_dense
 from effopt.graph.rewrite import Emit, require
 from effopt.graph.steps import Steps
 from effopt.graph.values import shape_of, val
@@ -113,6 +114,8 @@ def _inputs(added: Timed, channel: str, where: Node) -> tuple[tuple[Timed, ...],
 
 def _require_operands(form: RecurrentForm, found: Recurrence) -> None:
     where, sizes = found.last, _sizes(found)
+    require_dense(found.outputs[0].collected.node)
+    require_dense(found.last)
     other = form.value_channel
     require(other not in form.query.letters, f"its query, {form.query}, has the channel of the value", where)
     has_query = form.channel in form.query.letters or statically_known_true(sizes[form.channel] == 1)
@@ -171,11 +174,15 @@ def write(emit: Emit, found: Recurrence, form: RecurrentForm) -> tuple[Node, Nod
         more["decay"] = _decay(emit, steps, form, given[0], wide)
     if found.start is not None:
         more["state"] = _start(emit, found.start, form, wide)
-    given = [_cast(emit, node, dtype) for node in given]
+    elif any(factor.kind not in (Kind.NUMBER, Kind.CONSTANT) for factor in form.decay):
+        # A gate of the first token that is NaN or infinite spoils zeros: 0 * NaN is NaN.
+        sizes = [steps.sizes[axis] for axis in ("b", "h", form.channel, form.value_channel)]
+        more["state"] = emit(_aten.new_zeros.default, given[0], sizes, dtype=wide)
+    given = [emit.cast(node, dtype) for node in given]
     both = emit(ops.linear_attention, *given, scale=form.scale, **more)
-    y = _cast(emit, emit(operator.getitem, both, 0), wanted)
+    y = emit.cast(emit(operator.getitem, both, 0), wanted)
     y = emit(_aten.flip.default, y, [2]) if output.reverse else y
-    last = _cast(emit, emit(operator.getitem, both, 1), held)
+    last = emit.cast(emit(operator.getitem, both, 1), held)
     for _ in range(4 - len(shape_of(found.last))):
         y, last = (emit(_aten.squeeze.dim, x, 0) for x in (y, last))
     axes = columns[4 - len(form.out) :]
@@ -204,7 +211,7 @@ def _decay(emit: Emit, steps: Steps, form: RecurrentForm, query: Node, wide: tor
 
 
 def _logarithm(emit: Emit, factor: Factor, of: Node, wide: torch.dtype) -> Node:
-    of = _cast(emit, of, wide)
+    of = emit.cast(of, wide)
     if factor.kind is Kind.CONSTANT:
         of = emit(_aten.log.default, of)
     elif factor.kind is not Kind.EXPONENT:
@@ -218,14 +225,10 @@ def _start(emit: Emit, start: Node, form: RecurrentForm, wide: torch.dtype) -> N
     start = emit(_aten.transpose.int, start, -2, -1) if form.channel == "n" else start
     for _ in range(4 - len(shape_of(start))):
         start = emit(_aten.unsqueeze.default, start, 0)
-    return _cast(emit, start, wide)
+    return emit.cast(start, wide)
 
 
 def _like(emit: Emit, node: Node, order: Sequence[int], old: Node) -> Node:
     """Turned, and laid out as what it takes the place of."""
     node = node if list(order) == sorted(order) else emit(_aten.permute.default, node, list(order))
-    return node if val(node).stride() == val(old).stride() else emit(_aten.contiguous.default, node)
-
-
-def _cast(emit: Emit, node: Node, dtype: torch.dtype) -> Node:
-    return node if val(node).dtype == dtype else emit(_aten._to_copy.default, node, dtype=dtype)
+    return laid_out_as(emit, node, old)

@@ -148,6 +148,12 @@ class Emit:
         node.meta["val"] = fake_call(op.fake if isinstance(op, Op) else target, args, kwargs, self._origin)
         return node
 
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        """`node` in another dtype: itself if it has that one."""
+        if val(node).dtype == dtype:
+            return node
+        return self(torch.ops.aten._to_copy.default, node, dtype=dtype)
+
     def _size(self, size: torch.SymInt, operands: Sequence[Node]) -> int | Node:
         """A node that computes a symbolic size: no graph holds a symbol. Raises Reject if none is at hand."""
         if size.node.is_constant() or size.node.expr.is_number:

@@ -30,6 +30,7 @@ from effopt.graph.analyses.factors import (
 from effopt.graph.analyses.lockstep import Series, is_backwards
 from effopt.graph.analyses.readouts import collected_axes, read_out, require_unrounded
 from effopt.graph.analyses.recurrences import Output, Recurrence
+from effopt.graph.layouts import laid_out_as, require_dense
 from effopt.graph.rewrite import Emit, require
 from effopt.graph.values import is_floating, shape_of, val
 
@@ -73,6 +74,8 @@ def read(found: Recurrence) -> Scan:
     is_known = sorted(map(str, axes)) == sorted(_SEQUENCE)
     require(is_known, f"its outputs have axes {told(axes)}", output.collected.node)
     _require_operands(found, (u, delta, a, b, c, Operand(output.collected.node, axes)))
+    require_dense(output.collected.node)
+    require_dense(found.last)
     return Scan(u, delta, a, b, c, axes, backwards)
 
 
@@ -112,15 +115,13 @@ def write(emit: Emit, found: Recurrence, scan: Scan) -> tuple[Node, Node]:
     given = [_arranged(emit, operand, order, scan.backwards) for operand, order in operands]
     dtype = torch.promote_types(val(given[0]).dtype, wanted)
     # The op computes in the dtype of `u`, or float32: a wider state is scanned as wide as it was.
-    given[0] = _cast(emit, given[0], state if state == torch.float64 else dtype)
+    given[0] = emit.cast(given[0], state if state == torch.float64 else dtype)
     result = emit(ops.selective_scan, *given, *(() if found.start is None else (found.start,)))
-    y = _cast(emit, emit(operator.getitem, result, 0), wanted)
-    last = _cast(emit, emit(operator.getitem, result, 1), state)
+    y = emit.cast(emit(operator.getitem, result, 0), wanted)
+    last = emit.cast(emit(operator.getitem, result, 1), state)
     y = emit(_aten.flip.default, y, [2]) if output.reverse else y
     y = _permuted(emit, y, _SEQUENCE, scan.y)
-    if val(y).stride() != val(collected).stride():
-        y = emit(_aten.contiguous.default, y)
-    return y, last
+    return laid_out_as(emit, y, collected), laid_out_as(emit, last, found.last)
 
 
 def _rates(decay: Series, where: Node) -> tuple[Operand, Operand]:
@@ -186,7 +187,3 @@ def _arranged(emit: Emit, operand: Operand, axes: Axes, backwards: bool) -> Node
 def _permuted(emit: Emit, node: Node, axes: Axes, wanted: Axes) -> Node:
     order = [axes.index(axis) for axis in wanted]
     return node if order == list(range(len(axes))) else emit(_aten.permute.default, node, order)
-
-
-def _cast(emit: Emit, node: Node, dtype: torch.dtype) -> Node:
-    return node if val(node).dtype == dtype else emit(_aten._to_copy.default, node, dtype=dtype)

@@ -65,7 +65,7 @@ class Steps:
         made = self.emit(call.target, *args, **kwargs)
         # A number in each step may be a tensor of all: it takes part in the promotion of dtypes.
         dtype = val(call.nodes[0]).dtype
-        return made if val(made).dtype == dtype else self.emit(_aten._to_copy.default, made, dtype=dtype)
+        return self.emit.cast(made, dtype)
 
     def _part(self, call: Apply, part: Taken, axes: Sequence[str]) -> Node:
         node = self.laid_out(part.inner, (*axes, part.hidden))

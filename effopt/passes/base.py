@@ -27,7 +27,7 @@ from effopt.graph.pattern import OpBuilder
 from effopt.graph.rewrite import Approve, Emit, Match, PassResult
 from effopt.graph.sources import digest_of_effopt
 from effopt.graph.weights import DerivedWeights
-from effopt.passes.plan import Plans
+from effopt.passes.plans import Plans
 from effopt.target import Target
 
 

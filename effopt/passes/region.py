@@ -15,7 +15,8 @@ from effopt.graph.analyses.layers import Layer, Stack, stacks
 from effopt.graph.release import REPLACES, UNREAD
 from effopt.graph.rewrite import PassResult, Reject
 from effopt.passes.base import Context, PlannedPass
-from effopt.passes.plan import Plans, Section, describe, parameters_of
+from effopt.passes.plan import Section, describe, parameters_of
+from effopt.passes.plans import Plans
 
 
 @dataclass(frozen=True)

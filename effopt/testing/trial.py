@@ -21,7 +21,7 @@ from effopt.graph.region import dropout_of, is_random
 from effopt.graph.tolerances import GRADIENT_FACTOR, tolerance_of
 from effopt.graph.weights import DerivedWeights
 from effopt.passes.base import Context, Example, Pass
-from effopt.passes.plan import Plans
+from effopt.passes.plans import Plans
 from effopt.passes.region import RegionPass
 from effopt.plugins.manager import build_registry
 from effopt.plugins.observers import observers

@@ -16,7 +16,8 @@ from effopt.errors import PlanError, QualityError
 from effopt.graph.analyses.roofline import roofline
 from effopt.model_graphs import CapturedGraph, GraphForm, ModelGraphs, as_call
 from effopt.passes.base import Pass
-from effopt.passes.plan import Entry, Plan, PlannedSites, Plans, Section
+from effopt.passes.plan import Entry, Plan, PlannedSites, Section
+from effopt.passes.plans import Plans
 from effopt.plugins.manager import Registry
 from effopt.quality.logits import logits_of, row_sums
 from effopt.tuning.batches import Batch

@@ -108,6 +108,25 @@ def test_equals_the_op_by_inductor(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_mask_and_a_bias_that_the_graph_computes() -> None:
+    """Inductor would hand the template their expressions, for which it finds no kernel."""
+    inputs = operands()
+    t, s = inputs[0].shape[2], inputs[1].shape[2]
+    given = [*inputs, (torch.arange(t) // 16)[None, None, :, None], (torch.arange(s) // 16)[None, None, None]]
+    graph = Graph()
+    q, k, v, rows, keys = [graph.placeholder(f"x{i}") for i in range(5)]
+    mask = graph.call_function(torch.ops.aten.ge.Tensor, (rows, keys))
+    bias = graph.call_function(torch.ops.aten.mul.Tensor, (keys, 0.01))
+    settings = {"scale": 0.3, "high": 90, "low": -64, "softcap": 20.0}
+    graph.output((graph.call_function(flex_attention, (q, k, v), {"mask": mask, "bias": bias, **settings}),))
+    with torch.no_grad():
+        (got,) = compile_graph(GraphModule({}, graph), given, {}, "test")(*given)
+    known = {"mask": given[3] >= given[4], "bias": given[4] * 0.01}
+    wanted = expected(inputs, {**known, **settings})
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_other_dtypes_and_head_sizes(dtype: torch.dtype, tolerance: float) -> None:
     inputs = operands(dtype, dv=24)

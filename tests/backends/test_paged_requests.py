@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -86,6 +87,18 @@ def test_a_page_outside_of_the_pool_is_an_error(run: Run) -> None:
         with pytest.raises((IndexError, RuntimeError), match="out of range"):
             run(q, pool, pool, torch.tensor([[0, page]]), torch.tensor([5]), scale=1.0)
         run(q, pool, pool, torch.tensor([[0, page]]), torch.tensor([4]), scale=1.0)
+
+
+@pytest.mark.slow
+def test_a_page_before_the_pool_is_an_error_in_compiled_code() -> None:
+    """Which takes -1 for the last page, left to itself."""
+    pool, q = torch.randn(6, 2, 4, 8), torch.randn(1, 2, 1, 8)
+    options = {"lowering": "reference"}
+    call = torch.compile(partial(ops.paged_attention.overload, scale=1.0), backend="effopt", options=options)
+    with torch.no_grad():
+        call(q, pool, pool, torch.tensor([[0, 5]]), torch.tensor([5]))
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            call(q, pool, pool, torch.tensor([[0, -1]]), torch.tensor([5]))
 
 
 def test_gradients_of_the_op() -> None:

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from effopt.backends.triton.rows import LAUNCH_S
+from effopt.backends.triton.rows import LAUNCH_S, multiplied_in
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands, hint, tensor_bytes
 from effopt.target import Target
@@ -211,13 +210,6 @@ class AttentionCall:
 def is_over_keys(mask: Tensor | None, t: int) -> bool:
     """Whether a mask is one row for all queries and heads, such as that of padding."""
     return mask is not None and mask.shape[1] == 1 and (mask.shape[2] == 1 or t == 1)
-
-
-def multiplied_in(x: Tensor) -> Any:
-    """Dtype of the operands of `tl.dot`. The interpreter, of Triton 3.9, multiplies the bits of bfloat16."""
-    if x.device.type == "cpu":
-        return tl.float32
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[x.dtype]
 
 
 def attention_cost(programs: Callable[[Operands], float], launches: int) -> Any:

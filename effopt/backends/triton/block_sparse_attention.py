@@ -24,8 +24,8 @@ from torch import Tensor
 from effopt.backends.base import Lowering
 from effopt.backends.triton.attention_refusals import call_refusal
 from effopt.backends.triton.attention_scores import exponential, load_lines, scale_scores
-from effopt.backends.triton.attention_tiles import LOG2_E, PROGRAMS, UNMEASURED, multiplied_in, tile_for
-from effopt.backends.triton.rows import LAUNCH_S, launch, refusal
+from effopt.backends.triton.attention_tiles import LOG2_E, PROGRAMS, UNMEASURED, tile_for
+from effopt.backends.triton.rows import LAUNCH_S, launch, multiplied_in, refusal
 from effopt.graph import ops
 from effopt.graph.ops.attention import OPTIONS
 from effopt.graph.ops.base import Operands, hint

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effopt.backends.triton.attention_tiles import multiplied_in
-from effopt.backends.triton.rows import check_floating
+from effopt.backends.triton.rows import check_floating, multiplied_in
 
 CHUNK, CHUNK_FLOAT32 = 32, 16
 """Tokens of a chunk; and in float32, where products are summed without matrix units, whole operands in

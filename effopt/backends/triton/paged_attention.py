@@ -30,11 +30,10 @@ from effopt.backends.triton.attention_tiles import (
     PROGRAMS,
     UNMEASURED,
     AttentionTile,
-    multiplied_in,
     tile_for,
 )
 from effopt.backends.triton.decode_attention import merge, parts
-from effopt.backends.triton.rows import LAUNCH_S, check_floating, launch, refusal
+from effopt.backends.triton.rows import LAUNCH_S, check_floating, launch, multiplied_in, refusal
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands, hint
 from effopt.graph.ops.paged_attention import call_problem, held_share

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effopt.backends.base import Lowering
-from effopt.backends.triton.rows import LAUNCH_S, as_rows, check_floating, launch, refusal
+from effopt.backends.triton.rows import LAUNCH_S, as_rows, check_floating, launch, multiplied_in, refusal
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands
 from effopt.graph.packing import packed_length
@@ -233,17 +233,10 @@ def _quantized_linear(
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
-        DOT=_multiplied_in(x),
+        DOT=multiplied_in(x),
         num_warps=tile.warps,
     )
     return out if splits == 1 else _add_parts(sums, bias, out)
-
-
-def _multiplied_in(x: Tensor) -> Any:
-    """Dtype of the operands of `tl.dot`. The interpreter, of Triton 3.9, multiplies the bits of bfloat16."""
-    if x.device.type == "cpu":
-        return tl.float32
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[x.dtype]
 
 
 def _add_parts(sums: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

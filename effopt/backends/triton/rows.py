@@ -124,6 +124,13 @@ def launch(kernel: Any, programs: int, on: Tensor, *args: Any, **options: Any) -
         kernel[(programs,)](*args, **{"enable_fp_fusion": True, **options})
 
 
+def multiplied_in(x: Tensor) -> Any:
+    """Dtype of the operands of `tl.dot`. The interpreter, of Triton 3.9, multiplies the bits of bfloat16."""
+    if x.device.type == "cpu":
+        return tl.float32
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[x.dtype]
+
+
 def check_floating(**tensors: Tensor | None) -> None:
     """Every tensor has a dtype that the kernels read, and all are on one device."""
     first: tuple[str, Tensor] | None = None

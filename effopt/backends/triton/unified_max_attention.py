@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effopt.backends.base import Lowering
-from effopt.backends.triton.attention_refusals import checked, prepare, supports
+from effopt.backends.base import Lowering, by_operands
+from effopt.backends.triton.attention_refusals import as_given, checked, prepare, supports
 from effopt.backends.triton.attention_scores import exponential, key_tiles, load_lines, score_block
 from effopt.backends.triton.attention_tiles import AttentionCall
 from effopt.backends.triton.decode_attention import DECODE_ATTENTION, MERGED_ROWS, merge, parts_of
@@ -196,31 +196,10 @@ def _(*given: Any) -> tuple[Tensor, Tensor]:
     return outputs(AttentionCall(*given))
 
 
-def unified_max_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    fill: float | None = None,
-    is_causal: bool = False,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    zero_masked_rows: bool = False,
-    rows_see_key: bool = False,
-    low: int | None = None,
-    high: int | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    anchors: int | None = None,
-    prefix: int | None = None,
-) -> Tensor:
+@by_operands(ops.attention)
+def unified_max_attention(operands: Operands) -> Tensor:
     """`ops.attention` with one maximum, exactly where it does not fit; arguments as of `flash_attention`."""
-    given = prepare({**locals()})
-    return _unified_max_attention(*given)[0].reshape((*query.shape[:-1], value.shape[-1]))
+    return as_given(_unified_max_attention(*prepare(operands))[0], operands)
 
 
 def _cost(target: Target, operands: Operands, result: Any) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.graph.analyses.einsum_letters import letters_of
 from effopt.graph.analyses.lockstep import Along, Apply, Same, Series
 from effopt.graph.analyses.no_ops import COPIES, stands_for
 from effopt.graph.matching import bound_arguments
@@ -46,14 +47,6 @@ def factors(value: Any, axes: Axes, whole: Collection[frozenset[str]], where: No
     for factor, _ in product:
         require(isinstance(factor, Series | Node), f"a number, {factor}, is a factor", where)
     return [f for factor, its in product for f in factors(factor, its, whole, where)]
-
-
-def letters_of(equation: str) -> tuple[list[str], str] | None:
-    """The axes of the operands and of the result of an `einsum`; None if one of them has an axis twice."""
-    given, arrow, result = equation.replace(" ", "").partition("->")
-    operands = given.split(",")
-    is_plain = bool(arrow) and all(x.isalpha() and len(set(x)) == len(x) for x in (*operands, result))
-    return (operands, result) if is_plain else None
 
 
 def _product_of(value: Any, axes: Axes) -> list[tuple[Any, Axes]] | None:

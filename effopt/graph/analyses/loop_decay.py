@@ -21,7 +21,7 @@ from effopt.graph.analyses.factors import call_of
 from effopt.graph.analyses.masks.evaluation import evaluate
 from effopt.graph.analyses.over_time import Timed, number_of, operands_of
 from effopt.graph.constants import constant_number
-from effopt.graph.rewrite import require
+from effopt.graph.rewrite import Reject, require
 from effopt.graph.values import val
 
 _aten = torch.ops.aten
@@ -81,7 +81,7 @@ def _last(found: Timed, target: Any, args: list[Any], by: float, where: Node) ->
     """One that is no product."""
     if target is _aten._to_copy.default:
         value = found.value if isinstance(found.value, Node) else found.value.nodes[0]
-        require(False, f"its decay is rounded to {val(value).dtype}", where)
+        raise Reject(f"its decay is rounded to {val(value).dtype}", where)
     rest = _one_less(target, args)
     inner = None if rest is None else operands_of(found, rest)
     call = None if inner is None else call_of(inner.value)
@@ -92,8 +92,7 @@ def _last(found: Timed, target: Any, args: list[Any], by: float, where: Node) ->
         is_decay = bool(((known > 0) & (known <= 1)).all())
         require(is_decay, f"its decay, {found}, holds numbers that are not in (0, 1]", where)
         return Factor(Kind.CONSTANT, found, by)
-    require(False, f"its decay, {found}, is not known to be in (0, 1]: {_WANTED}", where)
-    raise AssertionError
+    raise Reject(f"its decay, {found}, is not known to be in (0, 1]: {_WANTED}", where)
 
 
 def _one_less(target: Any, args: list[Any]) -> Any:

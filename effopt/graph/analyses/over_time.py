@@ -15,12 +15,12 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.graph.analyses.einsum_letters import letters_of
 from effopt.graph.analyses.factors import (
     Axes,
     aligned,
     by_letter,
     call_of,
-    letters_of,
     name_of,
     peeled,
     sizes_of,
@@ -28,7 +28,7 @@ from effopt.graph.analyses.factors import (
 )
 from effopt.graph.analyses.lockstep import Apply, Series
 from effopt.graph.constants import constant_number
-from effopt.graph.rewrite import require
+from effopt.graph.rewrite import Reject, require
 from effopt.graph.values import is_floating, shape_of, val
 
 _aten = torch.ops.aten
@@ -81,7 +81,7 @@ def factors_of(product: Timed, apart: frozenset[str], where: Node) -> Iterator[T
     elif call is not None and call[0] in _MATMULS:
         given = _of_matmul(product, *call[1][:2])
     if call is not None and call[0] is _aten._to_copy.default:
-        require(False, f"what it adds is rounded to {_dtype(product.value)}", where)
+        raise Reject(f"what it adds is rounded to {_dtype(product.value)}", where)
     require(given is not None, f"what it adds, {product}, is no product of a key and a value", where)
     for factor in given or ():
         yield from factors_of(factor, apart, where)

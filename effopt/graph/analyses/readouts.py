@@ -17,12 +17,12 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.collected import Collected
+from effopt.graph.analyses.einsum_letters import letters_of
 from effopt.graph.analyses.factors import (
     Axes,
     aligned,
     by_letter,
     call_of,
-    letters_of,
     name_of,
     order_of,
     reshaped,

@@ -4,30 +4,24 @@
 
 Dynamo unrolls a Python loop: step t reads `a`, `u` and `c` at position t. Proved of every step: that it is
 the same as the others, that positions follow one another, that nothing but the next step and the read-out
-reads a state, and that no operand depends on one. The last state may be read by anyone. Linear in nodes:
-what can be a step is walked over once for each form, and compared by its neighbours' signatures, which are
-computed once a node. Looks only. Exact: nothing is assumed.
+reads a state, and that no operand depends on one. The last state may be read by anyone. What can be a step is
+found by `step_chains.py`. Looks only. Exact: nothing is assumed.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
 from effopt.graph.analyses.collected import Collected, collected, collectors, is_alive
-from effopt.graph.analyses.lockstep import Along, Lockstep, Series, State, leaves, part_at
+from effopt.graph.analyses.lockstep import Along, Lockstep, Series, State, leaves
+from effopt.graph.analyses.step_chains import Miss, Step, chains, nonlinear, steps_by_form
 from effopt.graph.constants import constant_number
-from effopt.graph.matching import bound_arguments
 from effopt.graph.rewrite import Reject, require
 from effopt.graph.values import shape_of, val
-
-_aten = torch.ops.aten
-_SIGNATURE_DEPTH = 3  # calls of a step's operands that are compared to tell where a loop begins and ends
 
 
 @dataclass(frozen=True)
@@ -69,15 +63,6 @@ class Recurrence:
         return tuple(dict.fromkeys(leaf.base if isinstance(leaf, Along) else leaf.node for leaf in found))
 
 
-class Miss(Reject):
-    """Why what looks like a loop is none."""
-
-    def __init__(self, reason: str, node: Any, state: Node) -> None:
-        super().__init__(reason, node or state)
-        self.state = state
-        """The state after one of its steps."""
-
-
 @dataclass(frozen=True)
 class Found:
     """The recurrences of a graph, and the reasons for what looks like one and is none."""
@@ -86,28 +71,12 @@ class Found:
     misses: tuple[Miss, ...]
 
 
-@dataclass(frozen=True)
-class _Step:
-    node: Node
-    form: Hashable
-    """Which operand is what."""
-    previous: Any
-    decay: Any
-    """A node, or a number; None: nothing decays."""
-    added: Any
-    product: Node | None
-    """The call of `decay * previous`, if it is one of its own."""
-
-
-_Steps = dict[Hashable, dict[Node, _Step]]
-
-
 def recurrences(graph: Graph) -> Found:
     """All loops of two steps or more, in graph order."""
     found, misses = [], []
-    steps = _by_form(graph)
+    steps = steps_by_form(graph)
     told: set[Node] = set()
-    for chain in _chains(steps):
+    for chain in chains(steps):
         lockstep = Lockstep([step.previous for step in chain])
         try:
             found.append(_recurrence(chain, lockstep))
@@ -120,126 +89,11 @@ def recurrences(graph: Graph) -> Found:
         except Exception as error:  # noqa: BLE001 - a fault in reading one loop: told there, the others go on
             words = f"it cannot be read: {type(error).__name__}: {error}"
             misses.append(Miss(words, None, chain[-1].node))
-    misses.extend(miss for miss in _nonlinear(steps) if miss.state not in told)
+    misses.extend(miss for miss in nonlinear(steps) if miss.state not in told)
     return Found(tuple(sorted(found, key=lambda r: r.last)), tuple(misses))
 
 
-def _steps_of(node: Node) -> Iterator[_Step]:
-    """Every way in which a call can be one step."""
-    if node.target is _aten.add.Tensor and bound_arguments(node)["alpha"] == 1:
-        for i in (0, 1):
-            kept, added = node.args[i], node.args[1 - i]
-            if isinstance(kept, Node) and kept.target is _aten.mul.Tensor:
-                for j in (0, 1):
-                    decay, previous = kept.args[1 - j], kept.args[j]
-                    is_number = type(decay) in (int, float) and isinstance(previous, Node)
-                    if isinstance(decay, Node) or is_number:
-                        yield _Step(node, ("mul", i, j), previous, decay, added, kept)
-            yield _Step(node, ("add", i), kept, None, added, None)
-    elif node.target is _aten.addcmul.default and bound_arguments(node)["value"] == 1:
-        added, *factors = node.args[:3]
-        for j in (0, 1):
-            decay = factors[1 - j]
-            if isinstance(decay, Node):
-                yield _Step(node, ("addcmul", j), factors[j], decay, added, None)
-
-
-def _by_form(graph: Graph) -> _Steps:
-    """All that can be a step, by which operand is what; each in graph order."""
-    found: _Steps = {}
-    for node in graph.nodes:
-        for step in _steps_of(node) if node.op == "call_function" else ():
-            found.setdefault(step.form, {})[node] = step
-    return found
-
-
-def _chains(steps: _Steps) -> Iterator[list[_Step]]:
-    """Steps of one form, each of which reads the state of the one before: two or more, that look alike."""
-    length: dict[tuple[Hashable, Node], int] = {}
-    for form, by_node in steps.items():
-        for node, step in by_node.items():
-            length[form, node] = 1 + length.get((form, step.previous), 0)
-    taken: set[Node] = set()
-    walked: set[tuple[Hashable, Node]] = set()
-    signatures = _Signatures()
-    for form, end in sorted(length, key=lambda key: -length[key]):
-        if length[form, end] < 2:
-            break
-        chain: list[_Step] = []
-        before: Any = end
-        # From the furthest end down: what a longer chain went over is not gone over again.
-        while before not in taken and (form, before) not in walked:
-            found = steps[form].get(before)
-            if found is None:
-                break
-            walked.add((form, before))
-            chain.append(found)
-            before = found.previous
-        for alike in _runs(chain[::-1], signatures):
-            taken.update(step.node for step in alike)
-            yield alike
-
-
-def _nonlinear(steps: _Steps) -> Iterator[Miss]:
-    """Loops of three steps or more whose state goes through a call between steps."""
-    for by_node in steps.values():
-        length: dict[Node, int] = {}
-        for node, step in by_node.items():
-            before = step.previous
-            inner = before.all_input_nodes if isinstance(before, Node) and before not in by_node else []
-            if step.product is not None and inner and before.target is _aten.mul.Tensor:
-                inner = [operand for operand in inner if operand in by_node]
-            if len(inner) == 1 and inner[0] in by_node:
-                length[node] = length.pop(inner[0], 0) + 1
-        for node, links in length.items():
-            step = by_node[node]
-            if links >= 2 and (_reads_part(step.decay) or _reads_part(step.added)):
-                target = step.previous.target
-                twice = target is _aten.mul.Tensor and step.product is not None
-                words = f"between steps its state goes through {target}"
-                yield Miss(f"{words}: multiply the factors first" if twice else words, node, node)
-
-
-def _reads_part(value: Any, depth: int = _SIGNATURE_DEPTH) -> bool:
-    is_part = isinstance(value, Node) and part_at(value) is not None
-    operands = value.all_input_nodes if isinstance(value, Node) and depth else []
-    return is_part or any(_reads_part(operand, depth - 1) for operand in operands)
-
-
-def _runs(chain: Sequence[_Step], signatures: _Signatures) -> Iterator[list[_Step]]:
-    """Two steps or more, one after the other, whose operands are made alike.
-
-    A scaling before a loop, or after it, has the form of a step.
-    """
-    runs = itertools.groupby(chain, key=lambda s: (signatures.of(s.decay), signatures.of(s.added)))
-    yield from (steps for _, run in runs if len(steps := list(run)) >= 2)
-
-
-class _Signatures:
-    """What is alike in all steps of a loop and cheap to see. Looks at a node once for each depth."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[Hashable, int] = {}
-        self._known: dict[tuple[Node, int], int] = {}
-
-    def of(self, value: Any, depth: int = _SIGNATURE_DEPTH) -> Hashable:
-        """A leaf itself, and a number for calls that are alike."""
-        if not isinstance(value, Node) or value.op != "call_function":
-            return value if isinstance(value, Node) else str(type(value))
-        if (value, depth) not in self._known:
-            seen = self._look(value, depth)
-            self._known[value, depth] = self._numbers.setdefault(seen, len(self._numbers))
-        return self._known[value, depth]
-
-    def _look(self, value: Node, depth: int) -> Hashable:
-        part = part_at(value)
-        if part is not None:
-            return part.axis, part.keeps_axis, self.of(part.base, depth - 1) if depth else None
-        operands = value.all_input_nodes if depth else []
-        return value.target, *(self.of(operand, depth - 1) for operand in operands)
-
-
-def _recurrence(chain: Sequence[_Step], lockstep: Lockstep) -> Recurrence:
+def _recurrence(chain: Sequence[Step], lockstep: Lockstep) -> Recurrence:
     """The recurrence that a chain of steps is. Raises `Reject`."""
     last = chain[-1].node
     added = lockstep.series([step.added for step in chain])
@@ -260,14 +114,14 @@ def _recurrence(chain: Sequence[_Step], lockstep: Lockstep) -> Recurrence:
     return Recurrence(start, len(chain), decay, added, outputs, last, reads_last, tuple(sorted(nodes)))
 
 
-def _start(first: _Step) -> Node | None:
+def _start(first: Step) -> Node | None:
     if constant_number(first.previous) == 0:
         return None
     require(isinstance(first.previous, Node), f"its state starts at {first.previous}", first.node)
     return first.previous
 
 
-def _require_shape(chain: Sequence[_Step], start: Node | None) -> None:
+def _require_shape(chain: Sequence[Step], start: Node | None) -> None:
     """Every state has one shape and dtype: nothing broadcasts a state, and nothing rounds it."""
     shape, dtype = shape_of(chain[0].node), val(chain[0].node).dtype
     require(dtype.is_floating_point, f"its state is {dtype}", chain[0].node)
@@ -280,7 +134,7 @@ def _require_shape(chain: Sequence[_Step], start: Node | None) -> None:
         require(is_alike, f"its state starts as {told} and goes on as {list(shape)} {dtype}", chain[0].node)
 
 
-def _outputs(chain: Sequence[_Step]) -> tuple[tuple[Output, ...], Lockstep]:
+def _outputs(chain: Sequence[Step]) -> tuple[tuple[Output, ...], Lockstep]:
     """What collects a read-out of every step; and the calls of those read-outs."""
     states = [step.node for step in chain]
     reads = Lockstep(states)
@@ -297,7 +151,7 @@ def _outputs(chain: Sequence[_Step]) -> tuple[tuple[Output, ...], Lockstep]:
     return tuple(outputs), reads
 
 
-def _require_after_update(chain: Sequence[_Step], values: Sequence[Node], first: Node) -> None:
+def _require_after_update(chain: Sequence[Step], values: Sequence[Node], first: Node) -> None:
     """A read-out takes what its step made of the state, not what its step found."""
     values = values if values[1:2] == (first,) else values[::-1]
     before = [*(step.previous for step in chain), chain[-1].node][: len(values)]
@@ -334,12 +188,9 @@ def _require_independent(states: Sequence[Node], outputs: Sequence[Output]) -> N
         require(source not in depending, f"its read-out takes {source.name}, made of a state", source)
 
 
-def _require_inside(chain: Sequence[_Step], inside: set[Node], reads: Lockstep) -> None:
+def _require_inside(chain: Sequence[Step], inside: set[Node], reads: Lockstep) -> None:
     """Only the next step and the read-outs read what a step computes; anyone reads the last state."""
-    following = [*chain[1:], None]
-    for step, after in zip(chain, following, strict=True):
-        if after is None:
-            break
+    for step, after in itertools.pairwise(chain):
         allowed = {after.node, after.product}
         for user in step.node.users:
             told = f"the state of a step, {step.node.name}, is also read by {user.name}"

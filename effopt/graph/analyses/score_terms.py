@@ -11,7 +11,6 @@ is written as a huge finite number added to the scores stays a term.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,8 +20,8 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.heads import broadcasts, equal
+from effopt.graph.analyses.row_maximum import is_row_maximum
 from effopt.graph.constants import constant_number, guarded_number
-from effopt.graph.matching import bound_arguments
 from effopt.graph.pattern import Step
 from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of, val
@@ -279,22 +278,6 @@ def _full(sizes: Shape, frame: Shape, lead: Shape, where: Node) -> Shape:
     require(equal(sizes, frame), reason, where)
     require(not any(isinstance(s, torch.SymInt) for s in lead), reason, where)
     return lead
-
-
-def is_row_maximum(node: Any, of: Any) -> bool:
-    """Whether `node` is the maximum of `of` over its last dimension: softmax does not see it subtracted."""
-    while isinstance(node, Node) and node.target in (_aten.detach.default, _aten._to_copy.default):
-        node = node.args[0]
-    if isinstance(node, Node) and node.target is operator.getitem and node.args[1] == 0:
-        node = node.args[0]
-    if not isinstance(node, Node) or node.target not in (_aten.max.dim, _aten.amax.default):
-        return False
-    arguments = bound_arguments(node)
-    rank = len(shape_of(arguments["self"]))
-    dims = arguments["dim"] if isinstance(arguments["dim"], (list, tuple)) else [arguments["dim"]]
-    return (
-        arguments["self"] is of and bool(arguments["keepdim"]) and [int(d) % rank for d in dims] == [rank - 1]
-    )
 
 
 _STEPS: dict[str, Callable[[Scores, Step], Scores]] = {

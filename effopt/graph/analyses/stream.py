@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from effopt.graph.values import shape_of, val
+from effopt.graph.values import is_floating, shape_of
 
 _aten = torch.ops.aten
 _SUMS = frozenset({_aten.add.Tensor, _aten.sub.Tensor})
@@ -137,9 +137,9 @@ def streams(graph: Graph, ancestry: Ancestry | None = None) -> tuple[Stream, ...
 
 def continued(node: Node) -> tuple[Node, ...]:
     """The operands that may be the stream which `node` goes on with; none if it is computed afresh."""
-    if node.op != "call_function" or not _is_floating(node):
+    if node.op != "call_function" or not is_floating(node):
         return ()
-    operands = [a for a in node.args if isinstance(a, Node) and _is_floating(a)]
+    operands = [a for a in node.args if isinstance(a, Node) and is_floating(a)]
     if node.target in _SUMS:
         return tuple(dict.fromkeys(a for a in operands if same_form(a, node)))
     if node.target is _aten.mul.Tensor:
@@ -158,11 +158,6 @@ def is_residual(node: Node, entry: Node, ancestry: Ancestry) -> bool:
 def same_form(a: Node, b: Node) -> bool:
     """Equal shape; symbolic sizes are equal if their expressions are."""
     return tuple(map(str, shape_of(a))) == tuple(map(str, shape_of(b)))
-
-
-def _is_floating(node: Node) -> bool:
-    value = val(node)
-    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 
 def _is_sum(node: Node) -> bool:

@@ -120,7 +120,8 @@ def check_call(*operands: Tensor) -> None:
 
 
 def _gathered(pages: Tensor, table: Tensor) -> Tensor:
-    """`[b, hkv, room, d]`. Not by indexing, to which page -1 would be the last one."""
+    """`[b, hkv, room, d]`. A page below 0 is none; compiled code would take one from the end."""
+    table = torch.where(table < 0, pages.shape[0], table)
     by_request = pages.index_select(0, table.flatten()).unflatten(0, table.shape)
     return by_request.transpose(1, 2).flatten(2, 3)
 

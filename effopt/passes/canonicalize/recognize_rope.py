@@ -84,7 +84,7 @@ class RecognizeRoPE(Rewrite):
         x = part.base if part else m.turned
         if m.tail is not None:
             x = part_of(m.tail).base  # type: ignore[union-attr]
-        x, cos, sin = (_cast(emit, node, val(m.root).dtype) for node in (x, m.cos, m.sin))
+        x, cos, sin = (emit.cast(node, val(m.root).dtype) for node in (x, m.cos, m.sin))
         if m.even is None:
             tables = [t if m.turned else emit(_aten.cat.default, [t, t], -1) for t in (cos, sin)]
             return emit(ops.rope, x, *tables)
@@ -116,10 +116,6 @@ class RecognizeRoPE(Rewrite):
 
 def _turn(x: Tensor, a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-a, b), -1) * sin
-
-
-def _cast(emit: Emit, node: Node, dtype: torch.dtype) -> Node:
-    return node if val(node).dtype == dtype else emit(_aten._to_copy.default, node, dtype=dtype)
 
 
 def _require_rest(m: Match, source: Node, size: int) -> None:

@@ -51,12 +51,12 @@ class ShieldSoftmax(Rewrite):
         # `softmax(dtype=)` casts first; narrow types are widened inside the op, which is written out.
         result = val(m.root).dtype
         wide = torch.promote_types(torch.promote_types(val(m.x).dtype, result), torch.float32)
-        x = m.x if val(m.x).dtype == wide else emit(_aten._to_copy.default, m.x, dtype=wide)
+        x = emit.cast(m.x, wide)
         largest = emit(_aten.max.dim, emit(_aten.detach.default, x), m.dim, True)
         shifted = emit(_aten.sub.Tensor, x, emit(getitem, largest, 0))
         weights = emit(_aten.exp.default, shifted)
         out = emit(_aten.div.Tensor, weights, emit(_aten.sum.dim_IntList, weights, [m.dim], True))
-        return out if result == wide else emit(_aten._to_copy.default, out, dtype=result)
+        return emit.cast(out, result)
 
     def samples(self) -> Iterable[Example]:
         q = torch.randn(2, 4, 4, 4)

@@ -124,7 +124,7 @@ def _write(emit: Emit, node: Node, band: Band) -> Node:
     assert seen is not None, "a band that hides nothing is none"
     if {band.inside, band.outside} == {0, 1}:
         seen = seen if band.inside else emit(_aten.logical_not.default, seen)
-        seen = seen if band.dtype == torch.bool else emit(_aten._to_copy.default, seen, dtype=band.dtype)
+        seen = emit.cast(seen, band.dtype)
     else:
         inside, outside = (
             emit(_aten.full.default, [], value, dtype=band.dtype, device=device)

@@ -16,9 +16,8 @@ from effopt.backends.triton import paged_attention
 from effopt.backends.triton.paged_attention import PAGED_ATTENTION
 from effopt.graph import ops
 from effopt.target import Target
-from tests.backends.triton.calls import assert_near, double
+from tests.backends.triton.calls import H100, assert_near, double
 
-H100 = Target("cuda", "sm_90", 4.3e12, 7.9e14)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

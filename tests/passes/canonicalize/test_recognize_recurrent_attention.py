@@ -353,3 +353,44 @@ def test_a_gate_that_forgets_everything() -> None:
         got, report = run_compiled(loop, *given, pipeline=NAME)
     assert report.ops["linear_attention"] == 1
     torch.testing.assert_close(got, loop(*given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("end", ["as it is", "read as memory"])
+def test_results_keep_their_layout(end: str) -> None:
+    """Written into a tensor whose axes lie in another order, from a state that does; with gradients too."""
+
+    def loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Outs:
+        s, out = s.mT.contiguous().mT, torch.empty_like(v.transpose(1, 2).contiguous().transpose(1, 2))
+        for t in range(T):
+            s = s * g[:, :, t, :, None].sigmoid() + k[:, :, t, :, None] * v[:, :, t, None]
+            out[:, :, t] = (q[:, :, t, :, None] * s).sum(-2)
+        if end == "read as memory":
+            return tuple(torch.as_strided(x, (x.numel(),), (1,)) for x in (out, s))
+        return out, s
+
+    given = inputs(torch.float64)
+    got, report = run_compiled(loop, *given, pipeline=NAME)
+    assert report.ops["linear_attention"] == 1
+    for a, b in zip(got, loop(*given), strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_gate_that_is_not_finite_spoils_zeros(number: float) -> None:
+    """0 * NaN is NaN, from the first token on; a loss that is so stays so."""
+
+    def loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Tensor:
+        s, out = torch.zeros_like(s), []
+        for t in range(T):
+            s = s * g[:, :, t, :, None].exp() + k[:, :, t, :, None] * v[:, :, t, None]
+            out.append((q[:, :, t, :, None] * s).sum(-2))
+        return torch.stack(out, 2)
+
+    given = inputs()
+    given[3][0, 1, 0, 2] = number
+    got, report = run_compiled(loop, *given, pipeline=NAME)
+    assert report.ops["linear_attention"] == 1
+    want = loop(*given)
+    assert not bool(want[0, 1].isfinite().any())
+    assert torch.equal(got.isfinite(), want.isfinite())

@@ -372,3 +372,23 @@ def test_a_loop_that_reads_what_a_later_one_gives() -> None:
         got, report = run(lambda: both(*given), lowering="eager", pipeline=NAME)
     assert report.ops["selective_scan"] == 2
     torch.testing.assert_close(got, both(*given), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("as_memory", [False, True])
+def test_results_keep_their_layout(as_memory: bool) -> None:
+    """Written into a tensor whose axes lie in another order."""
+
+    def loop(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        h, out = torch.zeros(u.shape[0], *a.shape), torch.empty_like(u.mT.contiguous().mT)
+        for t in range(u.shape[2]):
+            length = delta[:, :, t, None]
+            h = torch.exp(length * a) * h + length * u[:, :, t, None] * b[:, None, :, t]
+            out[:, :, t] = weighted(h, c, t)
+        return torch.as_strided(out, (out.numel(),), (1,)) if as_memory else out
+
+    with torch.no_grad():
+        got, report = run(lambda: loop(*inputs()), lowering="eager", pipeline=NAME)
+    assert report.ops["selective_scan"] == 1
+    want = loop(*inputs())
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import effopt
-from effopt.cache_layers import build
+from effopt.cache_layout import build
 from effopt.errors import PlanError
 from effopt.graph import ops
 from effopt.graph.rewrite import PassResult

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,6 @@ from effopt.graph.values import shape_of, val
 
 _aten = torch.ops.aten
 Place = tuple[Sum, ...]
-_END = sys.maxsize
-"""How `x[:]` spells the end of a slice."""
 
 
 def arguments(node: Node) -> tuple[Any, ...]:
