@@ -140,14 +140,7 @@ def covered(found: Recurrence) -> tuple[Node, ...]:
         form = read(found)
     except Exception:  # noqa: BLE001 - whoever rewrites reads it too, and tells why it cannot be
         return found.nodes
-    operands = {node for operand in form.operands for node in nodes_of(operand)}
-    nodes, waiting = set(found.nodes), list(found.sources)
-    while waiting:
-        node = waiting.pop()
-        if node not in nodes and node not in operands and node.op == "call_function":
-            nodes.add(node)
-            waiting.extend(node.all_input_nodes)
-    return tuple(sorted(nodes))
+    return found.down_to({node for operand in form.operands for node in nodes_of(operand)})
 
 
 def write(emit: Emit, found: Recurrence, form: RecurrentForm) -> tuple[Node, Node]:

@@ -96,14 +96,7 @@ def covered(found: Recurrence) -> tuple[Node, ...]:
         scan = read(found)
     except Exception:  # noqa: BLE001 - whoever rewrites reads it too, and tells why it cannot be
         return found.nodes
-    operands = {operand.node for operand in (scan.u, scan.delta, scan.a, scan.b, scan.c)}
-    nodes, waiting = set(found.nodes), list(found.sources)
-    while waiting:
-        node = waiting.pop()
-        if node not in nodes and node not in operands and node.op == "call_function":
-            nodes.add(node)
-            waiting.extend(node.all_input_nodes)
-    return tuple(sorted(nodes))
+    return found.down_to({operand.node for operand in (scan.u, scan.delta, scan.a, scan.b, scan.c)})
 
 
 def write(emit: Emit, found: Recurrence, scan: Scan) -> tuple[Node, Node]:

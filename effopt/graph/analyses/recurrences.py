@@ -11,7 +11,7 @@ found by `step_chains.py`. Looks only. Exact: nothing is assumed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
@@ -61,6 +61,16 @@ class Recurrence:
         series += [] if self.decay is None else [self.decay]
         found = [leaf for each in series for leaf in leaves(each) if not isinstance(leaf, State)]
         return tuple(dict.fromkeys(leaf.base if isinstance(leaf, Along) else leaf.node for leaf in found))
+
+    def down_to(self, operands: Set[Node]) -> tuple[Node, ...]:
+        """The calls of the loop, and those that its sources are made by from `operands`; in graph order."""
+        nodes, waiting = set(self.nodes), list(self.sources)
+        while waiting:
+            node = waiting.pop()
+            if node not in nodes and node not in operands and node.op == "call_function":
+                nodes.add(node)
+                waiting.extend(node.all_input_nodes)
+        return tuple(sorted(nodes))
 
 
 @dataclass(frozen=True)

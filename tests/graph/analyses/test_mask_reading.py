@@ -114,5 +114,5 @@ def test_what_is_read_is_what_is_computed(mask: Numbers, seed: int) -> None:
     wanted = laid.value.expand(T, S)
     torch.testing.assert_close(laid.condition(condition).expand(1, 1, T, S)[0, 0], wanted)
     form = form_of_condition(condition)
-    if not form.unread():
+    if form.is_read:
         torch.testing.assert_close(laid.all(form.terms).expand(1, 1, T, S)[0, 0], wanted)

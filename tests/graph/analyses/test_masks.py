@@ -32,7 +32,7 @@ def test_form_is_the_mask(kind: str, name: str) -> None:
     def on_sizes(b: int, t: int, more: int) -> None:
         module, node = graph_of(KINDS[kind][name], b, t, t + more)
         form, laid = masks.form_of(node), Laid(module, b, t, t + more)
-        assert not form.unread(), form
+        assert form.is_read, form
         laid.assert_is(form)
 
     on_sizes()
@@ -43,7 +43,7 @@ def test_form_of_inputs_is_the_mask(kind: str, name: str) -> None:
     mask, inputs = OF_INPUTS[kind][name]
     module, node = graph_of(mask, 2, 7, 7, *inputs)
     form, laid = masks.form_of(node), Laid(module, 2, 7, 7, *inputs)
-    assert not form.unread(), form
+    assert form.is_read, form
     laid.assert_is(form)
 
 
@@ -267,7 +267,7 @@ def test_what_only_looks_alike(name: str) -> None:
     module, node = graph_of(mask, 2, 7, 7, *inputs)
     form = masks.form_of(node)
     assert not is_taken(form), form
-    if form.unread():
+    if not form.is_read:
         return
     laid = Laid(module, 2, 7, 7, *inputs)
     laid.assert_is(form)

@@ -9,7 +9,7 @@ or key changes: numbers, sizes, or elements of tensors, perhaps one for each bat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -117,13 +117,25 @@ class Form:
         return next((t for t in self.terms if isinstance(t, Band)), Band())
 
     def unread(self) -> list[Node]:
-        """The nodes at which the reading stopped, for terms that have no form: one at least for each."""
+        """The nodes at which the reading stopped, for terms that have no form, as far as they are known."""
         found: dict[Node, None] = {}
-        for term in self.terms:
+        for term in _each(self.terms):
             if isinstance(term, Unread):
                 own = [term.origin.node] if term.origin is not None else []
                 found.update(dict.fromkeys(_stops(term.condition) or own))
         return list(found)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether every term has a form, those beside a prefix too."""
+        return not any(isinstance(term, Unread) for term in _each(self.terms))
+
+
+def _each(terms: Iterable[Term]) -> Iterator[Term]:
+    for term in terms:
+        yield term
+        if isinstance(term, Prefix):
+            yield from _each(term.otherwise)
 
 
 def places(sizes: tuple[Any, ...]) -> Place:
