@@ -11,6 +11,7 @@ Source: Zhao et al. 2024, arXiv:2404.09529, section 3 (bin packing, restarted po
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ _KNOWN_LAYERS = ("full_attention", "sliding_attention")
 """Kinds of layers whose masks count from a token's own place: a prompt may begin anywhere in a row."""
 _PROBE = ((3, 5, 4), (4, 3))
 """Two short prompts, tokens of which any vocabulary has."""
+_KEEPS_APART: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Models that were tried -> the attention that they had then. One trial serves all batches of a model."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,8 @@ def prepack(
 
     Exact up to rounding: each token sees its own prompt, at the position that it has there. So the results
     are those of the padded batch with positions that begin at the first token; without them `transformers`
-    counts padding on the left as well, which a model with learned positions does see. The model is tried on
-    two short prompts, alone and packed; one of 16 bits in float32, for which its weights are copied.
+    counts padding on the left as well, which a model with learned positions does see. The model is tried
+    once, on two short prompts, alone and packed; one of 16 bits in float32, for which its weights are copied.
 
     Args:
         model: of `transformers`, in eval mode, compiled or not; called as it is for the trial.
@@ -133,7 +136,9 @@ def prepack(
     length = max(lengths) if length is None else length
     if length < max(lengths):
         raise EffoptError(f"rows of {length} tokens, and a prompt has {max(lengths)}: make `length` larger")
-    _try(model, config)
+    if _KEEPS_APART.get(model) != config._attn_implementation:
+        _try(model, config)
+        _KEEPS_APART[model] = config._attn_implementation
     return _laid_out(input_ids, seen, lengths, length, config)
 
 

@@ -179,6 +179,20 @@ def test_models_that_do_not_keep_prompts_apart_are_refused(
         effopt.prepack(model, *batch("right"))
 
 
+def test_a_model_is_tried_once_and_again_with_another_attention() -> None:
+    model, calls = build("llama"), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    effopt.prepack(model, *batch("right"))
+    tried = len(calls)
+    assert tried == 3  # packed, and each prompt alone
+    effopt.prepack(model, *batch("left"))
+    effopt.prepack(torch.compile(model, backend="eager"), *batch("both"))
+    assert len(calls) == tried
+    model.set_attn_implementation("eager")
+    effopt.prepack(model, *batch("right"))
+    assert len(calls) == 2 * tried
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_trial_in_float32_leaves_a_model_of_16_bits_as_it_is(dtype: torch.dtype) -> None:
     model, (ids, mask) = build("llama").to(dtype), batch("left")
