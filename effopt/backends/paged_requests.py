@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effopt.backends.base import Lowering
+from effopt.backends.base import Lowering, by_operands
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands, hint
 from effopt.graph.ops.paged_attention import check_call
 from effopt.target import Target
 
 _REQUEST_S = 7e-5
-"""Seconds that a request takes beside its bytes: two gathers, one call, one copy of the result."""
+"""Seconds that a request takes beside its bytes, by guess: two gathers, one call, one copy of the result."""
 _GATHER = 3.0
 """Keys and values are read from their pages, written in order, and read again."""
 _STEPWISE = 2.0
@@ -32,8 +32,8 @@ _STEPWISE = 2.0
 def _gathered(pages: Tensor, own: Tensor) -> Tensor:
     """`[1, hkv, room, d]` of the pages of one request.
 
-    By their first dimension, and in the order in which they lie: `index_select` along another one, or of what
-    is not contiguous, takes 6 times as long (64 pages `[2, 16, 64]`, float32, torch 2.13, one Xeon core).
+    By their first dimension, and in the order in which they lie: so `index_select` copies whole pages, and
+    single numbers along another dimension, or of what is not contiguous.
     """
     if pages.stride(1) < pages.stride(2):
         return pages.transpose(1, 2).index_select(0, own).flatten(0, 1).transpose(0, 1)[None]
@@ -52,7 +52,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, length: int, scale: float
         )
         return out
     if t == 1:
-        # The heads of a group as rows of one, which reads keys once: 32 us, not 67 (4 heads, 1024 keys).
+        # The heads of a group as rows of one: keys are read once, not once for each of them.
         rows = query.reshape(1, key.shape[1], -1, query.shape[-1])
         out = F.scaled_dot_product_attention(rows, key, value, scale=scale)
         return out.reshape(query.shape)
@@ -63,8 +63,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, length: int, scale: float
 @torch.library.custom_op(
     "effopt_cpu::paged_attention",
     mutates_args=(),
-    schema="(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_table, Tensor lengths,"
-    " float scale, float softcap) -> Tensor",
+    schema=ops.paged_attention.schema,
     device_types="cpu",
 )
 def _forward(
@@ -73,8 +72,9 @@ def _forward(
     value_pages: Tensor,
     page_table: Tensor,
     lengths: Tensor,
+    *,
     scale: float,
-    softcap: float,
+    softcap: float = 0.0,
 ) -> Tensor:
     check_call(query, key_pages, value_pages, page_table, lengths)
     out = query.new_zeros((*query.shape[:-1], value_pages.shape[-1]))
@@ -91,22 +91,15 @@ def _forward(
 
 
 @_forward.register_fake
-def _(query: Tensor, key_pages: Tensor, value_pages: Tensor, *_: Any) -> Tensor:
+def _(query: Tensor, key_pages: Tensor, value_pages: Tensor, *_: Any, **__: Any) -> Tensor:
     return query.new_empty((*query.shape[:-1], value_pages.shape[-1]))
 
 
-def paged_attention(
-    query: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-) -> Tensor:
+@by_operands(ops.paged_attention)
+def paged_attention(operands: Operands) -> Tensor:
     """`ops.paged_attention` on a CPU, reading only what requests hold; arguments as there."""
-    return _forward(query, key_pages, value_pages, page_table, lengths, scale, softcap)
+    out: Tensor = _forward(**operands)
+    return out
 
 
 def _supports(target: Target, operands: Operands) -> str | None:

@@ -118,7 +118,7 @@ def test_opcheck_and_choice() -> None:
     pool, table, lengths = paged([torch.randn(2, n, 8) for n in (3, 40)], 4)
     q = torch.randn(2, 4, 1, 8)
     torch.library.opcheck(
-        torch.ops.effopt_cpu.paged_attention.default, (q, pool, pool, table, lengths, 1.0, 0.0)
+        torch.ops.effopt_cpu.paged_attention.default, (q, pool, pool, table, lengths), {"scale": 1.0}
     )
     large = torch.empty(4096, 8, 16, 128, device="meta")
     given = (

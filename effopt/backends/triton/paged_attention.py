@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effopt.backends.base import Lowering
+from effopt.backends.base import Lowering, by_operands
 from effopt.backends.triton.attention_refusals import MAX_HEAD_SIZE
 from effopt.backends.triton.attention_scores import exponential, load_lines, scale_scores
 from effopt.backends.triton.attention_tiles import (
@@ -38,6 +38,8 @@ from effopt.graph import ops
 from effopt.graph.ops.base import Operands, hint
 from effopt.graph.ops.paged_attention import call_problem, held_share
 from effopt.target import Target
+
+_FLOATING, _INTEGERS = ("query", "key_pages", "value_pages"), ("page_table", "lengths")
 
 
 # What changes from step to step of a decode compiles nothing anew.
@@ -149,30 +151,10 @@ def options(
     }
 
 
-@torch.library.custom_op(
-    "effopt_triton::paged_attention",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_table, Tensor lengths,"
-    " float scale, float softcap) -> Tensor",
-)
-def _forward(
-    query: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    reason = _call_refusal(
-        {
-            "query": query,
-            "key_pages": key_pages,
-            "value_pages": value_pages,
-            "page_table": page_table,
-            "lengths": lengths,
-        }
-    )
+@torch.library.custom_op("effopt_triton::paged_attention", mutates_args=(), schema=ops.paged_attention.schema)
+def _forward(*pools: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
+    query, key_pages, value_pages, page_table, lengths = pools
+    reason = _call_refusal(*pools)
     if reason is not None:
         raise ValueError(reason)
     (b, h, t, _), (pages, hkv, page, _) = query.shape, key_pages.shape
@@ -203,15 +185,14 @@ def _forward(
 
 
 @_forward.register_fake
-def _(query: Tensor, key_pages: Tensor, value_pages: Tensor, *_: Any) -> Tensor:
+def _(query: Tensor, key_pages: Tensor, value_pages: Tensor, *_: Any, **__: Any) -> Tensor:
     return query.new_empty((*query.shape[:-1], value_pages.shape[-1]))
 
 
-def _call_refusal(operands: Operands) -> str | None:
+def _call_refusal(*pools: Tensor) -> str | None:
     """Why the kernel does not take such a call on any target, or None. Adds no guard on symbols."""
-    given = [operands[name] for name in ("query", "key_pages", "value_pages", "page_table", "lengths")]
-    query, key_pages, value_pages, _, _ = given
-    problem = call_problem(*given)
+    query, key_pages, value_pages, _, _ = pools
+    problem = call_problem(*pools)
     if problem is not None:
         return problem
     if query.dtype == torch.float64:
@@ -224,29 +205,22 @@ def _call_refusal(operands: Operands) -> str | None:
     return None
 
 
-def paged_attention(
-    query: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-) -> Tensor:
+@by_operands(ops.paged_attention)
+def paged_attention(operands: Operands) -> Tensor:
     """`ops.paged_attention` by two kernels; arguments as there, of any strides, up to float32.
 
     Raises:
         TypeError: query or pages have a dtype that no kernel reads.
         ValueError: the operands do not fit together, or the kernel does not take such a call.
     """
-    check_floating(query=query, key_pages=key_pages, value_pages=value_pages)
-    return _forward(query, key_pages, value_pages, page_table, lengths, scale, softcap)
+    check_floating(**{name: operands[name] for name in _FLOATING})
+    out: Tensor = _forward(**operands)
+    return out
 
 
 def _supports(target: Target, operands: Operands) -> str | None:
-    floating = {name: operands[name] for name in ("query", "key_pages", "value_pages")}
-    return refusal(target, floating) or _call_refusal(operands)
+    floating = {name: operands[name] for name in _FLOATING}
+    return refusal(target, floating) or _call_refusal(*(operands[name] for name in (*_FLOATING, *_INTEGERS)))
 
 
 def _cost(target: Target, operands: Operands, result: Any) -> float:

@@ -54,6 +54,11 @@ class Op:
             return self.least_bytes(operands, result)
         return float(sum(tensor_bytes(v) for v in (*operands.values(), result)))
 
+    @property
+    def schema(self) -> str:
+        """Its arguments and results, as `torch.library` writes them, for a kernel of the same."""
+        return str(self.overload._schema).partition(self.name)[2]
+
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by schema name, with the schema's defaults filled in."""
         return bind_schema(self.overload, args, kwargs)

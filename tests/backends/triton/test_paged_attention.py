@@ -145,7 +145,7 @@ def test_the_same_bits_again(device: torch.device, monkeypatch: pytest.MonkeyPat
 
 def test_opcheck_and_symbolic_sizes(device: torch.device) -> None:
     args = call_of([3, 40], device)
-    torch.library.opcheck(torch.ops.effopt_triton.paged_attention.default, (*args, 0.3, 0.0))
+    torch.library.opcheck(torch.ops.effopt_triton.paged_attention.default, args, {"scale": 0.3})
     graphs = []
 
     def count(graph: torch.fx.GraphModule, _: Any) -> Any:
