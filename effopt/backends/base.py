@@ -63,6 +63,16 @@ def by_operands(op: Op) -> Callable[[Callable[[Operands], Any]], Callable[..., A
     return give_arguments
 
 
+def inductor_settings(**settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Say of a kernel what Inductor is to be set to in every graph that calls it; before the user's own."""
+
+    def mark(call: Callable[..., Any]) -> Callable[..., Any]:
+        call.inductor_settings = settings  # type: ignore[attr-defined]
+        return call
+
+    return mark
+
+
 @dataclass(frozen=True)
 class Choice:
     """The lowering taken for one node, and for each one not taken the reason."""

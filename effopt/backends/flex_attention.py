@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from effopt.backends.base import Lowering, by_operands
+from effopt.backends.base import Lowering, by_operands, inductor_settings
 from effopt.backends.native import restore_blind_rows
 from effopt.graph import ops
 from effopt.graph.ops.attention import band_share, open_keys, score_flops
@@ -170,6 +170,8 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+# The template takes no epilogue. Inductor 2.13 fuses what reads its result into it all the same, and fails.
+@inductor_settings(epilogue_fusion=False)
 @by_operands(ops.attention)
 def flex_attention(operands: Operands) -> Tensor:
     """`ops.attention` through `flex_attention`; arguments as there."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import isfunction
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule
 
 from effopt.backends.aliasing import SettleAliases
-from effopt.backends.flex_attention import flex_attention
 from effopt.backends.outline import OUTLINED
 from effopt.backends.vector_probe import SETTING, takes_vectors
 
@@ -57,7 +57,7 @@ def compile_graph(
         "unsafe_marked_cacheable_functions": marked,
         _BEFORE_LOWERING: _first(SettleAliases(), theirs),
         **_shared_files(options.get(_AFTER_FUSION) or getattr(config, _AFTER_FUSION, None)),
-        **_whole_templates(module),
+        **_settings_of_kernels(module),
     }
     with _own_buffers(module), _known_to_write_nothing(module):
         compiled: Callable[..., Any] = inductor.compile(module, list(inputs), options=patches)
@@ -90,14 +90,12 @@ def _shared_files(theirs: Any) -> dict[str, Any]:
     return {_AFTER_FUSION: ShareFiles()}
 
 
-def _whole_templates(module: GraphModule) -> dict[str, Any]:
-    """The setting that keeps what reads FlexAttention's result out of its kernel.
-
-    On a CPU its template takes no epilogue. Inductor fuses one all the same, and fails (torch 2.13).
-    """
-    graphs = [m.graph for m in module.modules() if isinstance(m, GraphModule)]
-    is_there = any(g.find_nodes(op="call_function", target=flex_attention) for g in graphs)
-    return {"epilogue_fusion": False} if is_there else {}
+def _settings_of_kernels(module: GraphModule) -> dict[str, Any]:
+    """What the kernels of a graph, those in outlined blocks too, ask for by `inductor_settings`."""
+    graphs = (m.graph for m in module.modules() if isinstance(m, GraphModule))
+    called = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    settings = (getattr(target, "inductor_settings", {}) for target in called if isfunction(target))
+    return {name: value for each in settings for name, value in each.items()}
 
 
 def run_eagerly(module: GraphModule) -> Callable[..., Any]:
