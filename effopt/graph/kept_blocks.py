@@ -31,7 +31,7 @@ def keepers(module: GraphModule) -> list[Node]:
 
 
 @dataclass(eq=False)
-class Steps:
+class StepState:
     """Where one model stands between two choices."""
 
     first: weakref.ref[Tensor]
@@ -50,7 +50,7 @@ class Steps:
         self.chosen_by, self.blocks = None, ()
 
 
-_STEPS: weakref.WeakValueDictionary[int, Steps] = weakref.WeakValueDictionary()
+_STATES: weakref.WeakValueDictionary[int, StepState] = weakref.WeakValueDictionary()
 """Identity of a first parameter -> the steps of its model, as long as a graph of it holds them."""
 
 
@@ -62,7 +62,7 @@ def forget_blocks(model: nn.Module) -> None:
             Without `reuse-blocks-between-steps` nothing is kept, and nothing happens.
     """
     for parameter in model.parameters():
-        steps = _STEPS.get(id(parameter))
+        steps = _STATES.get(id(parameter))
         if steps is not None and steps.first() is parameter:
             steps.forget()
 
@@ -80,7 +80,7 @@ class KeptBlocks:
     """Positions of the other tensors, whose sizes are looked at."""
     numbers: tuple[int, ...]
     """Positions of the numbers that sizes of blocks hang on."""
-    held: list[Steps] = field(default_factory=list)
+    held: list[StepState] = field(default_factory=list)
     """Of every model that the graph was called for and that is still there."""
 
     @staticmethod
@@ -102,19 +102,19 @@ class KeptBlocks:
         every = int(nodes[0].meta[KEEP])
         return KeptBlocks(every, len(nodes), parameters, tuple(tensors), tuple(numbers))
 
-    def steps_of(self, inputs: Sequence[Any]) -> Steps:
+    def steps_of(self, inputs: Sequence[Any]) -> StepState:
         """Where the model of these inputs stands."""
         first = inputs[self.parameters[0]]
-        steps = _STEPS.get(id(first))
+        steps = _STATES.get(id(first))
         if steps is None or steps.first() is not first:
             self.held = [s for s in self.held if s.first() is not None]
-            steps = Steps(weakref.ref(first))
-            _STEPS[id(first)] = steps
+            steps = StepState(weakref.ref(first))
+            _STATES[id(first)] = steps
         if steps not in self.held:
             self.held.append(steps)
         return steps
 
-    def may_reuse(self, steps: Steps, inputs: Sequence[Any]) -> bool:
+    def may_reuse(self, steps: StepState, inputs: Sequence[Any]) -> bool:
         """Whether a call with these inputs reads the blocks that are there."""
         return (
             steps.chosen_by is self
@@ -123,7 +123,7 @@ class KeptBlocks:
             and all(was() is inputs[i] for was, i in zip(steps.parameters, self.parameters, strict=True))
         )
 
-    def take(self, steps: Steps, inputs: Sequence[Any], blocks: Sequence[Tensor]) -> None:
+    def take(self, steps: StepState, inputs: Sequence[Any], blocks: Sequence[Tensor]) -> None:
         """Remember what a call chose."""
         # Copies: the memory of what compiled code returns may be its own, as under CUDA graphs.
         steps.blocks = tuple(each.clone() for each in blocks)

@@ -21,47 +21,32 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from effopt.graph.analyses.recurrences import recurrences
-from effopt.graph.driver import apply_found
-from effopt.graph.rewrite import Emit, Match, PassResult
-from effopt.graph.scan_form import covered, read, write
-from effopt.graph.values import shape_of
-from effopt.passes.base import Context, Example, GraphPass, Stage
+from effopt.graph import scan_form
+from effopt.graph.analyses.recurrences import Recurrence
+from effopt.graph.rewrite import Emit
+from effopt.passes.base import Example
+from effopt.passes.loop_pass import LoopPass
 
 
 @dataclass(frozen=True)
-class RecognizeSelectiveScan(GraphPass):
-    """A graph pass, for no pattern can say "and so on for every step"."""
+class RecognizeSelectiveScan(LoopPass):
+    """Whose state is `[b, d, n]`."""
 
     name: ClassVar[str] = "recognize-selective-scan"
-    stage: ClassVar[Stage] = Stage.CANONICALIZE
-    after: ClassVar[tuple[str, ...]] = ("spell-einsum",)
-    may_duplicate: ClassVar[bool] = True
 
-    def apply(self, module: GraphModule, context: Context) -> PassResult:
-        """Each loop that is a linear recurrence, and a scan."""
-        found = recurrences(module.graph)
-        matches = [Match(r.last, covered(r), {"found": r}) for r in found.recurrences]
-        result = apply_found(self, module, matches, context.approve)
-        for miss in found.misses:
-            # Of states of a head `recognize-recurrent-attention` tells.
-            if miss.node is not None and len(shape_of(miss.state)) == 3:
-                result.reject(self.name, miss.node, miss.reason)
-        return result
+    def tells_of(self, rank: int) -> bool:
+        return rank == 3
 
-    def legal(self, m: Match) -> None:
-        read(m.found)
+    def covered(self, found: Recurrence) -> tuple[Node, ...]:
+        return scan_form.covered(found)
 
-    def outputs(self, m: Match) -> tuple[Node, ...]:
-        """The collected read-outs, and the last state where it is read besides."""
-        collected = m.found.outputs[0].collected.node
-        return (collected, m.found.last) if m.found.reads_last else (collected,)
+    def read(self, found: Recurrence) -> Any:
+        return scan_form.read(found)
 
-    def rewrite(self, emit: Emit, m: Match) -> Any:
-        emit.note = f"{m.found.steps} steps"
-        return write(emit, m.found, read(m.found))[: len(self.outputs(m))]
+    def write(self, emit: Emit, found: Recurrence, form: Any) -> tuple[Node, Node]:
+        return scan_form.write(emit, found, form)
 
     def samples(self) -> Iterable[Example]:
         yield Example(lambda u, d, a, b, c: _loop(_decay(d, a), _added(u, d, b), c), _inputs())

@@ -18,7 +18,7 @@ from effopt.compile import effopt as backend
 from effopt.compile import record
 from effopt.errors import OptionError, PipelineError
 from effopt.graph import ops
-from effopt.graph.kept_blocks import _STEPS
+from effopt.graph.kept_blocks import _STATES
 
 HEADS = 2
 SELECT = "select-blocks-by-antidiagonal{block=16,least=32,threshold=0.4}"
@@ -175,7 +175,7 @@ def test_what_a_dead_model_kept_is_freed() -> None:
     model = Denoiser()
     compiled = compile_model(model)
     compiled(torch.randn(1, 64, 16))
-    kept = weakref.ref(next(iter(_STEPS.values())))
+    kept = weakref.ref(next(iter(_STATES.values())))
     assert kept().blocks
     del model, compiled
     torch._dynamo.reset()
