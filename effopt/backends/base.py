@@ -64,7 +64,7 @@ def by_operands(op: Op) -> Callable[[Callable[[Operands], Any]], Callable[..., A
 
 
 def inductor_settings(**settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Say of a kernel what Inductor is to be set to in every graph that calls it; before the user's own."""
+    """Say of a kernel what Inductor is to be set to in each graph that calls it, whatever the user set."""
 
     def mark(call: Callable[..., Any]) -> Callable[..., Any]:
         call.inductor_settings = settings  # type: ignore[attr-defined]
