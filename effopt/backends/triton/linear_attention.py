@@ -8,10 +8,10 @@ and `chunk_kernel` takes all chunks side by side:
 
     out = (query key^T * decay between them, causal) value + (query * decay since the chunk began) state
 
-Reads query, key and value once or twice, and writes and reads one float32 state for each chunk, which is
-d * dv / 32 numbers a token. Accumulates in float32. Logarithms of decay are summed and never subtracted: a
-decay of -inf gives no NaN, and a strong one takes no digits of a weak one behind it. Values of a chunk that
-are not finite make rows before them no NaN.
+Reads key and value twice and the query once, and writes and reads one state for each chunk, in what products
+read it in: d * dv / 64 numbers a token in bfloat16. Accumulates in float32. Logarithms of decay are summed
+and never subtracted: a decay of -inf gives no NaN, and a strong one takes no digits of a weak one behind it.
+Values of a chunk that are not finite make rows before them no NaN.
 
 Source: Qin et al. 2024, arXiv:2401.04658, algorithm 1; Yang et al. 2023, arXiv:2312.06635, section 4.1
 (states first, then all chunks in parallel). Not measured on a GPU yet.
@@ -27,24 +27,40 @@ import triton.language as tl
 from torch import Tensor
 
 from effopt.backends.triton.attention_scores import load_lines
-from effopt.backends.triton.linear_attention_call import LinearCall, checked
+from effopt.backends.triton.linear_attention_call import (
+    CHUNK_VALUES,
+    STATE_STAGES,
+    STATE_VALUES,
+    LinearCall,
+    checked,
+)
 from effopt.backends.triton.rows import launch
 from effopt.graph import ops
 
 
 @triton.jit
 def between_block(b_decay, CHUNK: tl.constexpr):
-    """Decay between tokens of a chunk `[query, key]`, 1 ahead of the query; from each to the end `[key]`."""
+    """Decay between tokens of a chunk `[query, key]`, 1 ahead of the query."""
     o_row = tl.arange(0, CHUNK)
     b_later = tl.where(o_row[:, None] > o_row[None, :], b_decay[:, None], 0.0)
-    return tl.exp(tl.cumsum(b_later, axis=0)), tl.exp(tl.sum(b_later, axis=0))
+    return tl.exp(tl.cumsum(b_later, axis=0))
+
+
+@triton.jit
+def end_block(p_gate, stride, m_t, CHUNK: tl.constexpr):
+    """Decay from each token of a chunk to its end `[key]`: that of the tokens behind it, its own left out."""
+    o_row = tl.arange(0, CHUNK)
+    # m_t of the token behind is m_t with one row fewer: rows that are there come first.
+    m_behind = o_row + 1 < tl.sum(m_t.to(tl.int32), axis=0)
+    b_behind = tl.load(p_gate + stride, mask=m_behind, other=0.0).to(tl.float32)
+    return tl.exp(tl.cumsum(b_behind, axis=0, reverse=True))
 
 
 @triton.jit
 def states_kernel(
     p_x, p_y, p_decay, p_first, p_states, p_last, x_strides, y_strides, decay_strides, h, t, dv,
     SCALE: tl.constexpr, REVERSE: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The state before each chunk. REVERSE: the gradient of the state behind it, from the last to the first.
 
@@ -64,24 +80,24 @@ def states_kernel(
         b_state += tl.load(p_first + i_line * HEAD * dv + o_state, mask=m_state, other=0.0).to(tl.float32)
     for i in tl.range(0, chunks):
         i_chunk = chunks - 1 - i if REVERSE else i
-        tl.store(p_states + (i_line * chunks + i_chunk) * HEAD * dv + o_state, b_state, mask=m_state)
+        p_state = p_states + (i_line * chunks + i_chunk) * HEAD * dv + o_state
+        tl.store(p_state, b_state.to(p_states.dtype.element_ty), mask=m_state)
         o_t = i_chunk * CHUNK + tl.arange(0, CHUNK)
         m_t, o_far = o_t < t, o_t.to(tl.int64)
-        b_x = load_lines(p_x + o_far * x_strides[2], o_d, m_t, x_strides[3], HEAD, False).to(tl.float32)
+        b_x = load_lines(p_x + o_far * x_strides[2], o_d, m_t, x_strides[3], HEAD, False)
         m_y = m_t[:, None] & (o_dv < dv)[None, :]
         p_tile = p_y + o_far[:, None] * y_strides[2] + o_dv[None, :] * y_strides[3]
-        b_y = tl.load(p_tile, mask=m_y, other=0.0)
-        b_x *= SCALE
+        # The narrower of the two is scaled: the other goes to the product as it was loaded.
+        b_y = tl.load(p_tile, mask=m_y, other=0.0).to(tl.float32) * SCALE
         if p_decay is not None:
             p_gate = p_decay + i_b * decay_strides[0] + i_h * decay_strides[1] + o_far * decay_strides[2]
             b_decay = tl.load(p_gate, mask=m_t, other=0.0).to(tl.float32)
             if REVERSE:
-                b_x *= tl.exp(tl.cumsum(b_decay, axis=0))[:, None]
+                b_y *= tl.exp(tl.cumsum(b_decay, axis=0))[:, None]
             else:
-                _, b_end = between_block(b_decay, CHUNK)
-                b_x *= b_end[:, None]
+                b_y *= end_block(p_gate, decay_strides[2], m_t, CHUNK)[:, None]
             b_state *= tl.exp(tl.sum(b_decay, axis=0))
-        b_state = tl.dot(tl.trans(b_x.to(DOT)), b_y.to(DOT), b_state, input_precision="ieee")
+        b_state = tl.dot(tl.trans(b_x.to(WIDE)), b_y.to(WIDE), b_state, input_precision="ieee")
     tl.store(p_last + i_line * HEAD * dv + o_state, b_state, mask=m_state)
 
 
@@ -117,9 +133,13 @@ def chunk_kernel(
     if p_decay is not None:
         p_gate = p_decay + i_b * decay_strides[0] + i_h * decay_strides[1] + o_far * decay_strides[2]
         b_decay = tl.load(p_gate, mask=m_t, other=0.0).to(tl.float32)
-        b_between, b_end = between_block(b_decay, CHUNK)
-        b_weight *= tl.trans(b_between) if REVERSE else b_between
-        b_past *= (b_end if REVERSE else tl.exp(tl.cumsum(b_decay, axis=0)))[:, None]
+        b_between = between_block(b_decay, CHUNK)
+        if REVERSE:
+            b_weight *= tl.trans(b_between)
+            b_past *= end_block(p_gate, decay_strides[2], m_t, CHUNK)[:, None]
+        else:
+            b_weight *= b_between
+            b_past *= tl.exp(tl.cumsum(b_decay, axis=0))[:, None]
     o_row = tl.arange(0, CHUNK)
     o_query, o_key = o_row[:, None], o_row[None, :]
     b_weight = tl.where((o_query <= o_key) if REVERSE else (o_query >= o_key), b_weight, 0.0)
@@ -143,7 +163,7 @@ def chunk_kernel(
 def states_of(call: LinearCall) -> tuple[Tensor, Tensor]:
     """The states before each chunk `[b h, chunks, d, dv]`, and the last `[b, h, d, dv]`."""
     states, shape = call.new_states(), call.query.shape
-    last = states.new_empty((*shape[:2], *states.shape[2:]))
+    last = states.new_empty((*shape[:2], *states.shape[2:]), dtype=torch.float32)
     run_states(call, call.key, call.value, call.state, states, last, {"SCALE": 1.0, "REVERSE": False})
     return states, last
 
@@ -152,11 +172,12 @@ def run_states(
     call: LinearCall, x: Tensor, y: Tensor, first: Tensor | None, states: Tensor, last: Tensor, how: Any
 ) -> None:
     """Launch the kernel that carries a state; `how` are its SCALE and REVERSE."""
-    options = {**call.options(), **how}
-    options["DOT"] = options.pop("WIDE")
+    columns = call.columns(STATE_VALUES)
+    options = {**call.options(columns), **how, "num_stages": STATE_STAGES}
+    del options["DOT"]
     launch(
         states_kernel,
-        call.lines * call.blocks,
+        call.programs(columns),
         x,
         *(x, y, call.decay, first, states, last),
         *(x.stride(), y.stride(), call.decay_strides()),
@@ -170,16 +191,17 @@ def run_chunks(
     call: LinearCall, operands: tuple[Tensor, Tensor, Tensor], states: Tensor, out: Tensor, reverse: bool
 ) -> None:
     """Launch the kernel that takes all chunks side by side; `out` is contiguous."""
+    columns = call.columns(CHUNK_VALUES)
     launch(
         chunk_kernel,
-        call.lines * call.chunks * call.blocks,
+        call.programs(columns) * call.chunks,
         out,
         *(*operands, call.decay, states, out),
         *(*(x.stride() for x in operands), call.decay_strides()),
         *call.query.shape[1:3],
         call.value.shape[-1],
         REVERSE=reverse,
-        **call.options(),
+        **call.options(columns),
     )
 
 

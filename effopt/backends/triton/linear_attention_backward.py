@@ -30,12 +30,13 @@ from effopt.backends.triton.attention_scores import load_lines
 from effopt.backends.triton.attention_tiles import UNMEASURED
 from effopt.backends.triton.linear_attention import (
     between_block,
+    end_block,
     linear_attention_forward,
     run_chunks,
     run_states,
     states_of,
 )
-from effopt.backends.triton.linear_attention_call import checked, chunk_for
+from effopt.backends.triton.linear_attention_call import CHUNKS, WARPS, checked, width
 from effopt.backends.triton.rows import LAUNCH_S, alike_refusal, launch, refusal
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands, hint
@@ -43,8 +44,10 @@ from effopt.target import Target
 
 MAX_HEAD = 128
 """Longest query and key: a program of the backward pass holds four tiles of a chunk's rows."""
-GRADIENT_VALUES = 16
-"""Columns of a state in one step of that pass: twice as many spill registers on sm_80 and sm_90."""
+GRADIENT_VALUES, GRADIENT_WARPS = 32, 8
+"""Columns of a state in one step of that pass, and warps that hold its four tiles without spilling."""
+GRADIENT_VALUES_FLOAT32 = 16
+"""Such columns where products are summed without matrix units, by the warps of the other kernels."""
 
 
 @triton.jit
@@ -81,7 +84,7 @@ def gradient_kernel(
         o_state = o_d[:, None] * dv + o_dv[None, :]
         b_state = tl.load(p_states + o_state, mask=m_state, other=0.0)
         b_dstate = tl.load(p_dstates + o_state, mask=m_state, other=0.0)
-        b_through += tl.sum(b_state * b_dstate, axis=1)
+        b_through += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), axis=1)
         b_pairs = tl.dot(b_grad, tl.trans(b_value), b_pairs, input_precision="ieee")
         b_dquery = tl.dot(b_grad, tl.trans(b_state.to(WIDE)), b_dquery, input_precision="ieee")
         b_dkey = tl.dot(b_value, tl.trans(b_dstate.to(WIDE)), b_dkey, input_precision="ieee")
@@ -93,10 +96,9 @@ def gradient_kernel(
     if p_decay is not None:
         p_gate = p_decay + i_b * decay_strides[0] + i_h * decay_strides[1] + o_far * decay_strides[2]
         b_decay = tl.load(p_gate, mask=m_t, other=0.0).to(tl.float32)
-        b_between, b_end = between_block(b_decay, CHUNK)
-        b_pairs *= b_between
+        b_pairs *= between_block(b_decay, CHUNK)
         b_dquery *= tl.exp(tl.cumsum(b_decay, axis=0))[:, None]
-        b_dkey *= b_end[:, None]
+        b_dkey *= end_block(p_gate, decay_strides[2], m_t, CHUNK)[:, None]
         # What passes token m: pairs of a key before it and a query at it or later, the state before the chunk
         # on its way to those queries, earlier keys on their way to the end, and the state on its way through.
         m_before = o_row[:, None] > o_row[None, :]
@@ -117,6 +119,13 @@ def gradient_kernel(
     tl.store(p_dkey + o_tile, b_dkey.to(p_dkey.dtype.element_ty), mask=m_row)
 
 
+def gradient_options(dtype: torch.dtype) -> dict[str, int]:
+    """How `gradient_kernel` differs from the other kernels."""
+    if width(dtype) == torch.float32:
+        return {"BLOCK_DV": GRADIENT_VALUES_FLOAT32, "num_warps": WARPS}
+    return {"BLOCK_DV": GRADIENT_VALUES, "num_warps": GRADIENT_WARPS}
+
+
 @torch.library.custom_op(
     "effopt_triton::linear_attention_backward",
     mutates_args=(),
@@ -135,7 +144,8 @@ def _backward(grad: Tensor, grad_last: Tensor, *given: Any) -> list[Tensor]:
     run_states(call, call.query, grad, grad_last.contiguous(), dstates, first, how)
     made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[:3]]
     run_chunks(call, (call.key, call.query, grad), dstates, made[2], reverse=True)
-    ddecay = None if call.decay is None else states.new_empty(call.query.shape[:3])
+    sizes = call.query.shape[:3]
+    ddecay = None if call.decay is None else grad.new_empty(sizes, dtype=torch.float32)
     launch(
         gradient_kernel,
         call.lines * call.chunks,
@@ -145,7 +155,7 @@ def _backward(grad: Tensor, grad_last: Tensor, *given: Any) -> list[Tensor]:
         call.decay_strides(),
         *call.query.shape[1:3],
         call.value.shape[-1],
-        **{**call.options(), "BLOCK_DV": GRADIENT_VALUES},
+        **{**call.options(0), **gradient_options(call.query.dtype)},
     )
     decay, state = given[3:5]
     if ddecay is not None:
@@ -222,9 +232,10 @@ def _cost(target: Target, operands: Operands, result: Any) -> float:
     """The roofline of products inside chunks, of states, and of what the two kernels pass on."""
     b, h, t, d = map(hint, operands["query"].shape)
     dv = hint(operands["value"].shape[-1])
-    chunk = chunk_for(operands["query"].dtype)
+    dtype = operands["query"].dtype
+    chunk = CHUNKS[dtype]
     work = b * h * t * (2.0 * chunk * (d + dv) + 4.0 * d * dv)
-    states = 8.0 * b * h * triton.cdiv(t, chunk) * d * dv
+    states = 2.0 * width(dtype).itemsize * b * h * triton.cdiv(t, chunk) * d * dv
     moved = 1.5 * ops.linear_attention.bytes_moved(operands, result) + states
     return UNMEASURED * max(moved / target.bytes_per_s, work / target.flops_per_s) + 2 * LAUNCH_S
 

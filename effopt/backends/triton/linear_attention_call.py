@@ -12,18 +12,32 @@ from torch import Tensor
 
 from effopt.backends.triton.rows import check_floating, multiplied_in
 
-CHUNK, CHUNK_FLOAT32 = 32, 16
-"""Tokens of a chunk; and in float32, where products are summed without matrix units, whole operands in
-registers. With twice as many the backward pass spills: tests/backends/triton/test_aot.py has the bounds."""
-VALUES = 32
-"""Columns of a state that one program carries."""
-WARPS, STAGES = 4, 1
-"""Nothing is loaded ahead: the backward pass would take more shared memory than a program has."""
+CHUNKS = {torch.bfloat16: 64, torch.float16: 32, torch.float32: 16}
+"""Tokens of a chunk. 64 are what the matrix units of sm_90 take at once; with fewer, states of chunks are
+most of the bytes. In float32, and behind the first product in float16, products are summed without those
+units, whole operands in registers. Twice as many spill: tests/backends/triton/test_aot.py has the bounds."""
+STATE_VALUES, CHUNK_VALUES = 32, 64
+"""Columns of the value that a program takes: few where it walks over all tokens, so that there are many
+programs; more where it takes one chunk, whose scores it computes for each block of them."""
+FLOAT32_VALUES = 32
+"""And at most this many where products are summed without matrix units."""
+WARPS, STAGES, STATE_STAGES = 4, 1, 3
+"""Keys and values of the next chunks are loaded ahead in the walk over tokens; elsewhere there is no loop, or
+no room in shared memory."""
 
 
-def chunk_for(dtype: torch.dtype) -> int:
-    """Tokens of a chunk, of a call with at least that many."""
-    return CHUNK_FLOAT32 if dtype == torch.float32 else CHUNK
+def width(dtype: torch.dtype) -> torch.dtype:
+    """What products with states are taken in, and states between chunks kept in.
+
+    Sums of many products can be beyond float16, whatever its operands are.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def columns_for(most: int, dtype: torch.dtype, dv: int) -> int:
+    """Columns of the value that one program takes, of `most` at least that are there."""
+    most = most if width(dtype) == torch.bfloat16 else min(most, FLOAT32_VALUES)
+    return min(most, max(16, triton.next_power_of_2(dv)))
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class LinearCall:
     @property
     def chunk(self) -> int:
         """Tokens of a chunk."""
-        most = chunk_for(self.query.dtype)
+        most = CHUNKS[self.query.dtype]
         return min(most, max(16, triton.next_power_of_2(self.query.shape[2])))
 
     @property
@@ -53,40 +67,37 @@ class LinearCall:
         """Batch entries times heads."""
         return self.query.shape[0] * self.query.shape[1]
 
-    @property
-    def blocks(self) -> int:
-        """Blocks of columns of the value."""
-        return triton.cdiv(self.value.shape[-1], self.block_dv)
+    def columns(self, most: int) -> int:
+        """Columns of the value that one program takes, at most `most`."""
+        return columns_for(most, self.query.dtype, self.value.shape[-1])
 
-    @property
-    def block_dv(self) -> int:
-        """Columns of such a block."""
-        return min(VALUES, max(16, triton.next_power_of_2(self.value.shape[-1])))
+    def programs(self, columns: int) -> int:
+        """Blocks of so many columns, of all heads."""
+        return self.lines * triton.cdiv(self.value.shape[-1], columns)
 
     def decay_strides(self) -> tuple[int, int, int]:
         """Elements from one decay to the next, by batch entry, head and token."""
         return (0, 0, 0) if self.decay is None else self.decay.stride()  # type: ignore[return-value]
 
-    def options(self) -> dict[str, Any]:
+    def options(self, columns: int) -> dict[str, Any]:
         """Constants that all kernels are compiled for."""
         dot = multiplied_in(self.query)
         return {
             "SCALE": self.scale,
             "HEAD": self.query.shape[-1],
             "BLOCK_D": triton.next_power_of_2(max(16, self.query.shape[-1])),
-            "BLOCK_DV": self.block_dv,
+            "BLOCK_DV": columns,
             "CHUNK": self.chunk,
             "num_warps": WARPS,
             "num_stages": STAGES,
-            # Sums of many products can be beyond float16, whatever their operands are.
             "DOT": dot,
-            "WIDE": tl.float32 if self.query.dtype == torch.float16 else dot,
+            "WIDE": dot if width(self.query.dtype) == self.query.dtype else tl.float32,
         }
 
     def new_states(self) -> Tensor:
-        """Room for the states before each chunk, `[b h, chunks, d, dv]`."""
+        """Room for the states before each chunk, `[b h, chunks, d, dv]`, as products will read them."""
         sizes = (self.lines, self.chunks, self.query.shape[-1], self.value.shape[-1])
-        return self.query.new_empty(sizes, dtype=torch.float32)
+        return self.query.new_empty(sizes, dtype=width(self.query.dtype))
 
 
 def checked(
@@ -108,4 +119,5 @@ def checked(
     if state is not None and tuple(state.shape) != (b, h, d, value.shape[-1]):
         raise ValueError(f"state: expected [b, h, d, dv], got {list(state.shape)}")
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    return LinearCall(query, key, value, decay, None if state is None else state.contiguous(), scale)
+    state = None if state is None else state.contiguous()
+    return LinearCall(query, key, value, decay, state, scale)

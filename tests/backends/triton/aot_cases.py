@@ -136,17 +136,19 @@ def linear_attention_cases() -> Iterator[Case]:
     forward, backward, call = linear_attention, linear_attention_backward, linear_attention_call
     for dtype, head in (("bf16", 128), ("fp32", 64)):
         wide = tl.bfloat16 if dtype == "bf16" else tl.float32
-        chunk = call.chunk_for(DTYPES[dtype])
-        options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "BLOCK_DV": call.VALUES, "CHUNK": chunk}
-        options |= {"DOT": wide, "WIDE": wide, "num_warps": call.WARPS, "num_stages": call.STAGES}
-        tail = f"{dtype}-{head}"
+        options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "DOT": wide, "WIDE": wide}
+        options |= {"CHUNK": call.CHUNKS[DTYPES[dtype]], "num_warps": call.WARPS, "num_stages": call.STAGES}
+        states = {"BLOCK_DV": call.columns_for(call.STATE_VALUES, DTYPES[dtype], head)}
+        states |= {"num_stages": call.STATE_STAGES, "types": {"p_states": f"*{dtype}"}}
+        chunks = {"BLOCK_DV": call.columns_for(call.CHUNK_VALUES, DTYPES[dtype], head)}
+        chunks |= {"types": states["types"]}
         for reverse in (False, True):
-            name = f"linear_attention-states-{tail}" + "-reverse" * reverse
-            yield name, forward.states_kernel, dtype, options | {"REVERSE": reverse}
-            name = f"linear_attention-chunk-{tail}" + "-reverse" * reverse
-            yield name, forward.chunk_kernel, dtype, options | {"REVERSE": reverse}
-        options |= {"BLOCK_DV": backward.GRADIENT_VALUES}
-        yield f"linear_attention-gradient-{tail}", backward.gradient_kernel, dtype, options
+            own, tail = {"REVERSE": reverse}, f"{dtype}-{head}" + "-reverse" * reverse
+            yield f"linear_attention-states-{tail}", forward.states_kernel, dtype, options | states | own
+            yield f"linear_attention-chunk-{tail}", forward.chunk_kernel, dtype, options | chunks | own
+        options |= backward.gradient_options(DTYPES[dtype])
+        options |= {"types": dict.fromkeys(("p_states", "p_dstates"), f"*{dtype}")}
+        yield f"linear_attention-gradient-{dtype}-{head}", backward.gradient_kernel, dtype, options
 
 
 ROW_CASES = tuple(row_cases())

@@ -68,12 +68,14 @@ def source_of(case: Case) -> ASTSource:
         else:
             signature[name] = "i32"
     aligned = [
-        i for i, n in enumerate(kernel.arg_names) if n.startswith("p_") or n in ("d", "n", "k", "row_bytes")
+        i
+        for i, n in enumerate(kernel.arg_names)
+        if n.startswith("p_") or n in ("d", "dv", "n", "k", "row_bytes")
     ]
     aligned += [i for i, n in enumerate(kernel.arg_names) if n.endswith("_stride")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if kernel.arg_names[i] not in constants}
     for i, name in enumerate(kernel.arg_names):
-        if name in ("query_strides", "key_strides", "value_strides"):
+        if name.endswith("_strides") and name != "decay_strides":
             attributes |= {(i, axis): [["tt.divisibility", 16]] for axis in range(3)}
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
 

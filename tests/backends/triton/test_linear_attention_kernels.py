@@ -40,7 +40,7 @@ def call_of(
     return Sample((q, k, v), kwargs)
 
 
-CASES = [(1, 16, 16, "none", False), (1, 64, 40, "head", True), (63, 17, 33, "head", True),
+CASES = [(1, 16, 16, "none", False), (1, 64, 40, "head", True), (65, 17, 73, "head", True),
          (33, 128, 16, "token", False), (100, 16, 63, "token", True)]  # fmt: skip
 
 
