@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,6 +49,14 @@ def target_of(device: torch.device) -> Target:
     arch = gcn.split(":")[0] if torch.version.hip else f"sm_{props.major}{props.minor}"
     rate_bytes, rate_flops = _CUDA_RATES.get(arch, (1.0e12, 1.0e14))
     return Target("cuda", arch, rate_bytes, rate_flops)
+
+
+@cache
+def reads_shared_memory(device: torch.device) -> bool:
+    """Whether matrix units take operands out of shared memory: those of sm_90 and newer do."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_properties(device).major >= 9
 
 
 def target_of_inputs(inputs: Iterable[Any]) -> Target:

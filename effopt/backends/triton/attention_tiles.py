@@ -19,7 +19,7 @@ from torch import Tensor
 from effopt.backends.triton.rows import LAUNCH_S, multiplied_in
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands, hint, tensor_bytes
-from effopt.target import Target
+from effopt.target import Target, reads_shared_memory
 
 PROGRAMS = 256
 """Programs that fill a GPU: about two for each multiprocessor of an sm_90. A constant, not of the device, so
@@ -47,7 +47,7 @@ class AttentionTile:
         return {"ROWS": self.rows, "KEYS": self.keys, **steps}
 
 
-def tile_for(rows: int, head: int, dtype: torch.dtype, dense: bool) -> AttentionTile:
+def tile_for(rows: int, head: int, dtype: torch.dtype, dense: bool, shared: bool = False) -> AttentionTile:
     """The tile of a call of `rows` rows a KV head, `head` the longer of the head sizes of keys and values.
 
     Sixteen rows are the least that matrix units take. What limits the rest is registers: a thread holds its
@@ -55,6 +55,10 @@ def tile_for(rows: int, head: int, dtype: torch.dtype, dense: bool) -> Attention
     bias or mask `[t, s]` if the call is `dense`, or what tells anchors from ids. At most 40 bytes a thread
     are spilled, and a program takes at most 96 KiB of shared memory, 64 on gfx942:
     tests/backends/triton/test_aot.py has these bounds.
+
+    `shared`: matrix units take operands out of shared memory (sm_90 and newer), which frees registers. For
+    each 16 numbers of a head they read 64 rows and n keys in 16 + n / 4 cycles, at 128 bytes a cycle, and
+    multiply them in n / 2, at 2,048 products: fewer than 64 keys wait for memory.
     """
     wide = triton.next_power_of_2(max(16, head))
     fits = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
@@ -65,8 +69,10 @@ def tile_for(rows: int, head: int, dtype: torch.dtype, dense: bool) -> Attention
         return AttentionTile(min(fits, 32 if dense else 64), 16 if dense else 32, 8, 1)
     fits = min(fits, 64) if dense else fits
     warps = 8 if fits == 128 or (dense and fits > 16) else 4
-    narrow = dense or (wide == 128 and fits > 16)
-    return AttentionTile(fits, 32 if narrow else 64, warps, 2)
+    roomy = shared and fits >= 64 and not dense
+    narrow = dense or (wide == 128 and fits > 16 and not roomy)
+    # Registers let one program of 128 rows onto a multiprocessor: nothing else hides how long loads take.
+    return AttentionTile(fits, 32 if narrow else 64, warps, 3 if roomy and fits == 128 else 2)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ class AttentionCall:
         _, _, group, t, _ = self.sizes
         over_keys = self.mask is None or is_over_keys(self.mask, t)
         dense = self.bias is not None or not over_keys or (self.anchored > 0 and self.key_ids is not None)
-        return tile_for(t * group, max(self.query.shape[-1], self.value.shape[-1]), self.query.dtype, dense)
+        head, shared = max(self.query.shape[-1], self.value.shape[-1]), reads_shared_memory(self.query.device)
+        return tile_for(t * group, head, self.query.dtype, dense, shared)
 
     @property
     def row_tiles(self) -> int:

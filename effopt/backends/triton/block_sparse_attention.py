@@ -30,7 +30,7 @@ from effopt.graph import ops
 from effopt.graph.ops.attention import OPTIONS
 from effopt.graph.ops.base import Operands, hint
 from effopt.graph.ops.block_sparse_attention import blocks_in, mean_of_values
-from effopt.target import Target
+from effopt.target import Target, reads_shared_memory
 
 
 @triton.jit(do_not_specialize=["t", "s", "rows", "columns"])
@@ -113,7 +113,7 @@ def listed(blocks: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
 def options(query: Tensor, value: Tensor, block: int, scale: float, softcap: float) -> dict[str, Any]:
     """Constants that the kernel is compiled for."""
     d, dv = query.shape[-1], value.shape[-1]
-    tile = tile_for(block, max(d, dv), query.dtype, dense=False)
+    tile = tile_for(block, max(d, dv), query.dtype, False, reads_shared_memory(query.device))
     return {
         "SCALE": scale if softcap else scale * LOG2_E,
         "SOFTCAP": abs(softcap),

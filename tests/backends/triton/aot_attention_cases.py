@@ -27,7 +27,8 @@ from effopt.backends.triton import (
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 Case = tuple[str, Any, str, dict[str, Any]]
-"""Name, kernel, dtype of what pointers point to, launch options: constexprs, num_warps, more `types`."""
+"""Name, kernel, dtype of what pointers point to, launch options: constexprs, num_warps, more `types`, and
+`shared`: those that differ where matrix units read shared memory."""
 
 
 ATTENTION = {
@@ -58,6 +59,9 @@ def attention_case(
     if of:
         tile = attention_gradients.backward_tile_for(of, longer, DTYPES[dtype], dense)
     options |= {"BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], **tile.options()}
+    if not of:
+        shared = attention_tiles.tile_for(queries, longer, DTYPES[dtype], dense, shared=True)
+        options |= {"shared": shared.options()}
     options |= {"DOT": tl.bfloat16 if dtype == "bf16" else tl.float32}
     operands = {
         "bias": ["p_bias"],
@@ -135,6 +139,9 @@ def block_sparse_cases() -> Iterator[Case]:
         options = block_sparse_attention.options(x, x, block, 0.125, 0.0) | {"CAUSAL": True}
         options |= {} if mask else {"p_mask": None}
         options |= {"types": {"p_index": "*i32", "p_count": "*i32", "p_seen": "*i8"}}
+        tile = attention_tiles.tile_for(block, 128, DTYPES[dtype], dense=False, shared=True)
+        cut = {"ROWS": min(block, tile.rows), "KEYS": min(block, tile.keys)}
+        options |= {"shared": tile.options() | cut}
         kernel = block_sparse_attention.block_sparse_attention_kernel
         yield f"attention-blocks of {block}-{dtype}", kernel, dtype, options
 

@@ -34,6 +34,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SHARED = ("sm_90", "sm_100")
+"""Whose matrix units read shared memory."""
 TYPES = {"p_packed": "*u8", "p_zero": "*u8", "p_codes": "*i8", "p_signed": "*i8", "p_token_scale": "*fp32"}
 TYPES |= {
     "p_states": "*fp32",
@@ -99,10 +101,12 @@ def binary_facts(compiled: Any) -> dict[str, int]:
 def compile_case(name: str) -> list[dict[str, Any]]:
     """One case on all targets."""
     facts = []
+    *head, common = CASES[name]
     for target_name, target in TARGETS.items():
-        options = {n: v for n, v in CASES[name][3].items() if n in ("num_warps", "num_stages")}
+        given = common | (common.get("shared", {}) if target_name in SHARED else {})
+        options = {n: v for n, v in given.items() if n in ("num_warps", "num_stages")}
         options["enable_fp_fusion"] = True
-        compiled = triton.compile(source_of(CASES[name]), target=target, options=options)
+        compiled = triton.compile(source_of((*head, given)), target=target, options=options)
         fact = {"case": name, "target": target_name, "shared_bytes": compiled.metadata.shared}
         facts.append(fact | binary_facts(compiled))
     return facts
