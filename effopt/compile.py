@@ -78,6 +78,10 @@ def explain(
     Raises:
         OptionError, PipelineError: before anything is compiled.
     """
+    if not callable(model):
+        raise OptionError(
+            f"explain takes a module or a function of tensors, got {model!r} ({type(model).__name__})"
+        )
     check_options(options)
 
     # A backend of its own: Dynamo would answer a second request with the first one's code, and no report.

@@ -75,7 +75,10 @@ def resolve(given: Any, registry: Registry) -> list[Pass]:
         return [given.build({})]
     if isinstance(given, Sequence):
         return [p for item in given for p in resolve(item, registry)]
-    raise OptionError(f"passes must be text, Pass instances, or a list of them, got {type(given).__name__}")
+    raise OptionError(
+        f"passes must be text, Pass classes or instances, or a list of them, got {given!r}"
+        f" ({type(given).__name__})"
+    )
 
 
 def _make(name: str, options: Mapping[str, Any], registry: Registry) -> Pass:

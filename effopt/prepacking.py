@@ -6,7 +6,7 @@
 Which prompts share a row depends on their lengths, which are values: this happens before the graph, not in
 it. In the graph, positions that start again are the documents of `recover-mask-structure`.
 
-Source: Zhao et al. 2024, arXiv:2404.09529, section 3 (bin packing, restarted positions, independent masks).
+Source: Zhao et al. 2024, arXiv:2404.09529 (bin packing, restarted positions, independent masks).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from effopt.testing import check_pass
 class MergeReluPair(Rewrite):
     """Merge the two halves of an absolute value: relu(x) + relu(-x)  =>  abs(x).
 
-    Exact. Source: the two phases of Shang et al. 2016, arXiv:1603.05201, section 2.
+    Exact. Source: the two phases of Shang et al. 2016, arXiv:1603.05201.
     """
 
     name: ClassVar[str] = "merge-relu-pair"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from effopt.compile import effopt, record
+from effopt.compile import effopt, explain, record
 from effopt.errors import OptionError
 from effopt.options import Options
 from tests.graph.capture_cases import compare
@@ -37,6 +37,7 @@ def message_of(options: dict[str, Any]) -> str:
         ({"verify": "alway"}, ("Did you mean 'always'?", "first", "off")),
         ({"verify": 3}, ("'verify'", "'3'")),
         ({"plans": {"drop-layers": 1}}, ("'plans'", "effopt.calibrate")),
+        ({"plans": "plan.json"}, ("effopt.Plan.load, got 'plan.json' (str)",)),
         ({"release_weights": True}, ("'release_weights'", "no pass of this pipeline replaces any")),
         ({"rtol": 2.0}, ("'rtol' must lie in (0, 1), got 2.0",)),
         ({"rtol": "tight"}, ("'rtol' must be float or int, got 'tight' (str)",)),
@@ -44,7 +45,7 @@ def message_of(options: dict[str, Any]) -> str:
         ({"disable": [3]}, ("'disable'", "3")),
         ({"outline": "yes"}, ("'outline' must be bool, got 'yes' (str)",)),
         ({"inductor": ["max_autotune"]}, ("'inductor' must be Mapping",)),
-        ({"passes": 3}, ("passes must be text, Pass instances, or a list of them, got int",)),
+        ({"passes": 3}, ("passes must be text, Pass classes or instances, or a list", "got 3 (int)")),
         ({"passes": "fuse-rms-nrm"}, ("unknown pass 'fuse-rms-nrm'", "Valid: ")),
         ({"passes": "a{b"}, ("cannot read pipeline text at",)),
         ({"disable": "no-such-pass"}, ("unknown pass to disable 'no-such-pass'", "Valid: ")),
@@ -62,6 +63,11 @@ def test_options_are_checked(options: dict[str, Any], words: tuple[str, ...]) ->
 def test_options_are_checked_without_compiling() -> None:
     with pytest.raises(OptionError, match="Did you mean 'passes'"):
         Options.parse({"pases": "x"})
+
+
+def test_explain_takes_a_model() -> None:
+    with pytest.raises(OptionError, match=r"a module or a function of tensors, got 'bert' \(str\)"):
+        explain("bert", torch.randn(2, 8))  # type: ignore[arg-type]
 
 
 def test_nearest_pass_is_named() -> None:

@@ -131,7 +131,7 @@ def test_a_picture_needs_matplotlib(
 def test_a_folder_that_cannot_be_written_to(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("effopt.commands.bench_quality.os.access", lambda *_: False)
+    monkeypatch.setattr("effopt.commands.output_file.os.access", lambda *_: False)
     assert run(monkeypatch, "quality", checkpoint, "--json", "q.json") == 2
     assert "cannot write 'q.json': permission denied" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -108,6 +109,18 @@ def test_options_of_instances_are_checked(registry: Registry, wrong: Rich) -> No
         pipelines.build(registry, passes=wrong)
     with pytest.raises(OptionError, match="rich: option"):
         pipelines.build(registry, pipeline=[wrong])
+
+
+@pytest.mark.parametrize("form", [lambda p: p, lambda p: p()], ids=["class", "instance"])
+def test_a_pass_without_a_name_is_an_error(registry: Registry, form: Callable[[type[Pass]], Any]) -> None:
+    class Nameless(GraphPass):
+        stage: ClassVar[Stage] = Stage.CLEANUP
+
+        def apply(self, module: GraphModule, context: Context) -> PassResult:
+            return PassResult()
+
+    with pytest.raises(OptionError, match=r"pass class Nameless has no `name`, such as"):
+        pipelines.build(registry, passes=form(Nameless))
 
 
 def test_disable_names_a_pass(registry: Registry) -> None:

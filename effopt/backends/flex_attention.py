@@ -10,7 +10,7 @@ What was checked on torch 2.13: float32, bfloat16 and float16; a row that sees n
 has no backward pass, no log-sum-exp (so no sinks) and no float64. Its other template, for one query, reads
 memory that was never written where no key is open, and is not used.
 
-Source: Dong et al. 2024, arXiv:2412.05496, section 3 (score_mod, mask_mod and the block mask).
+Source: Dong et al. 2024, arXiv:2412.05496 (score_mod, mask_mod and the block mask).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ too large by is subtracted afterwards, in integers: codes @ x - zero * sum(x).
   x = scale * (d0 + d1 / 254 + d2 / 254**2), whose products are exact. What is left of x is below
   2**-24 of the row's largest magnitude, as if the row were rounded to float32 once more.
 
-Source of the splitting: Ootomo, Ozaki & Yokota 2023, arXiv:2306.11975, section 3.
+Source of the splitting: Ootomo, Ozaki & Yokota 2023, arXiv:2306.11975.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from effopt.commands.model import (
     Train,
     load,
 )
+from effopt.commands.output_file import check_output
 from effopt.commands.terminal import output, progress
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def speed(
 
     options = {"passes": passes, "disable": disable}
     check_options(options)
+    check_output(json_file)
     example = load(model, Size(layers, hidden, heads, batch, tokens, attention))
     with progress("starting") as tell:
         ways = (EAGER, INDUCTOR, Way("effopt", effopt, options))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ import typer
 
 from effopt.commands.language_model import DTypeName, LanguageModelName, TextPaths, load_language_model
 from effopt.commands.model import JsonFile, Lowering
+from effopt.commands.output_file import check_output
 from effopt.commands.terminal import output, progress
 from effopt.errors import OptionError
 
@@ -92,20 +92,6 @@ def ways_of(passes: list[str], plans: list[str]) -> list[Way]:
     asked = passes if passes or plans else DEFAULT
     planned = [Way(plan=Plan.load(path), label=f"plan {path}") for path in dict.fromkeys(plans)]
     return [*(Way(text) for text in dict.fromkeys(asked)), *planned]
-
-
-def check_output(path: str, kind: str) -> None:
-    """Raise OptionError for a path that could not be written after the work is done."""
-    if not path:
-        return
-    where = Path(path)
-    if where.suffix != kind:
-        raise OptionError(f"{path!r}: expected a path that ends in {kind}")
-    if where.is_dir() or not where.parent.is_dir():
-        why = "is a folder" if where.is_dir() else f"there is no folder {str(where.parent)!r}"
-        raise OptionError(f"cannot write {path!r}: {why}")
-    if not os.access(where if where.exists() else where.parent, os.W_OK):
-        raise OptionError(f"cannot write {path!r}: permission denied")
 
 
 def write(result: Tradeoff, json_file: str, html: str, png: str) -> None:

@@ -24,6 +24,7 @@ from effopt.commands.model import (
     Tokens,
     load,
 )
+from effopt.commands.output_file import check_output
 from effopt.commands.terminal import errors, output, progress
 from effopt.errors import CheckFailed
 
@@ -54,6 +55,7 @@ def bisect(
 
     options = {"passes": passes, "disable": disable, "lowering": lowering}
     check_options(options)
+    check_output(repro)
     example = load(model, Size(layers, hidden, heads, batch, tokens, attention))
     console = errors()
     with progress("searching"):

@@ -9,6 +9,7 @@ import typer
 
 from effopt.commands.bench import as_table, machine_line
 from effopt.commands.model import Layers, Size, load
+from effopt.commands.output_file import check_output
 from effopt.commands.terminal import output, progress
 
 
@@ -20,6 +21,7 @@ def demo(
     """Compile a Llama with random weights; show what was done, how exact it is and how fast."""
     from effopt.bench import compare
 
+    check_output(html)
     console = output()
     size = Size(layers=layers, hidden=hidden)
     console.print(

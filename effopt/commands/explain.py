@@ -28,6 +28,7 @@ from effopt.commands.model import (
     Train,
     load,
 )
+from effopt.commands.output_file import check_output
 from effopt.commands.terminal import errors, output, progress
 from effopt.errors import UnexpectedOps
 from effopt.plugins.expect import expect as check_expected
@@ -58,6 +59,8 @@ def explain(
 
     Exit code 1 if --expect names a manifest that the model does not meet.
     """
+    for path in (html, json_file, write_expect):
+        check_output(path)
     example = load(model, Size(layers, hidden, heads, batch, tokens, attention))
     report = report_of(example, {"passes": passes, "disable": disable, "lowering": lowering}, train)
     output().print(report)

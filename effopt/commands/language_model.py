@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effopt.commands.own_function import made_by
+from effopt.commands.own_function import made_by, told
 from effopt.errors import EffoptError, OptionError, QualityError, unknown
 
 if TYPE_CHECKING:
@@ -99,14 +99,9 @@ def _from_function(name: str) -> LanguageModel:
     for part, kind in zip(made[1:] if is_right else (), (Text, Probe), strict=False):
         is_right &= isinstance(part, Sequence) and all(isinstance(member, kind) for member in part)
     if not is_right:
-        got = (
-            f"({', '.join(type(m).__name__ for m in made)})"
-            if isinstance(made, tuple)
-            else type(made).__name__
-        )
         raise OptionError(
             f"{name} must return (model, texts) or (model, texts, probes): an nn.Module, Text and Probe of"
-            f" effopt.testing.quality; got {got}"
+            f" effopt.testing.quality; got {told(made)}"
         )
     model, texts, *probes = made
     return LanguageModel(name, model.eval(), tuple(texts), tuple(probes[0]) if probes else ())

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from effopt.commands.own_function import made_by
+from effopt.commands.own_function import made_by, told
 from effopt.errors import EffoptError, OptionError, unknown
 
 MODEL_HELP = (
@@ -24,7 +24,7 @@ Batch = Annotated[int, typer.Option(min=1, help="Rows of its input.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens in a row.")]
 Attention = Annotated[str, typer.Option(help="Its attention: eager or sdpa.")]
 Train = Annotated[bool, typer.Option("--train", help="Forward and backward, instead of inference.")]
-Passes = Annotated[str, typer.Option(help="Passes to add: fuse-glu,quantize-weights{bits=4}.")]
+Passes = Annotated[str, typer.Option(help="Passes to add, in quotes: 'quantize-weights{bits=4,group=128}'.")]
 Disable = Annotated[str, typer.Option(help="Passes to leave out, separated by commas.")]
 Html = Annotated[str, typer.Option(help="Write the report as one HTML page.", show_default=False)]
 JsonFile = Annotated[str, typer.Option("--json", help="Write the result as JSON.", show_default=False)]
@@ -89,7 +89,7 @@ def _from_function(name: str) -> Example:
     if not (
         isinstance(made, tuple) and len(made) == 3 and callable(made[0]) and isinstance(made[2], Mapping)
     ):
-        raise OptionError(f"{name} must return (model, args, kwargs), got {type(made).__name__}")
+        raise OptionError(f"{name} must return (model, args, kwargs), got {told(made)}")
     return Example(made[0], tuple(made[1]), dict(made[2]))
 
 
@@ -102,7 +102,7 @@ def _from_transformers(name: str, size: Size) -> Example:
     from transformers import CONFIG_MAPPING
 
     if name not in CONFIG_MAPPING:
-        raise unknown("MODEL", name, NAMES)
+        raise OptionError(f"{unknown('MODEL', name, NAMES)}, or package.module:function or file.py:function")
     if size.attention not in ("eager", "sdpa"):
         raise unknown("attention", size.attention, ("eager", "sdpa"))
     if size.hidden % (2 * size.heads):

@@ -49,6 +49,13 @@ def made_by(name: str) -> Any:
             ) from error
 
 
+def told(made: Any) -> str:
+    """What a function returned, as its types: `(Linear, tuple)`."""
+    if not isinstance(made, tuple):
+        return type(made).__name__
+    return f"({', '.join(type(member).__name__ for member in made)})"
+
+
 @contextmanager
 def _import_path(folder: str) -> Iterator[None]:
     sys.path.insert(0, folder)

@@ -41,17 +41,16 @@ def passes(
 
 def _show_list(registry: Registry) -> None:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for heading in ("pass", "stage", "exact", "by default", "options", "what it does"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("pass", "stage", "exact", "by default", "what it does"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "pass")
     for pass_ in sorted(registry.passes.values(), key=lambda p: p.stage):
-        options = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(pass_))
         exact = Text("exact", style="green") if pass_.exact else Text("lossy", style="yellow")
         name = Text(pass_.name, style="bold")
         if registry.origin[pass_.name] != _BUILT_IN:
             name.append(f" ({registry.origin[pass_.name]})", style="dim")
-        row = (pass_.stage.name.lower(), exact, "yes" if is_default(pass_) else "no", options)
+        row = (pass_.stage.name.lower(), exact, "yes" if is_default(pass_) else "no")
         table.add_row(name, *row, Text(summary(pass_)))
-    output().print(table)
+    output().print(table, "\neffopt passes NAME: the page and the options of one", highlight=False)
 
 
 def _show_page(pass_: type[Pass], origin: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from effopt.commands.language_model import DTypeName, LanguageModelName, TextPaths, load_language_model
+from effopt.commands.output_file import check_output
 from effopt.commands.terminal import output, progress
-from effopt.errors import OptionError
 from effopt.plugins.render.grouping import compact
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ def tune(
 
     Budget.parse(budget)
     for path in (save, json_file):
-        check_writable(path)
+        check_output(path)
     with progress("loading") as tell:
         judged = load_language_model(model, texts or (), dtype)
         context = min(context, judged.context or context)
@@ -74,13 +72,6 @@ def tune(
         report.to_json(json_file)
     if report.impossible:
         raise typer.Exit(1)
-
-
-def check_writable(path: str) -> None:
-    """Raise OptionError, before minutes of measuring, if nothing can be written there."""
-    parent = Path(path).parent
-    if path and (Path(path).is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK)):
-        raise OptionError(f"cannot write {path!r}: its folder must be there, and writable")
 
 
 def as_table(report: TuningReport) -> Table:

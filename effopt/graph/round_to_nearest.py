@@ -5,7 +5,7 @@
                  zero = round(-min(w, 0) / scale)            code = round(w / scale) + zero
     weight = (code - zero) * scale, where zero = 2**(bits-1) if symmetric
 
-Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; groups as in Dettmers et al. 2022, arXiv:2208.07339.
+Source: Jacob et al. 2018, arXiv:1712.05877, section 2.1; groups as in Yao et al. 2022, arXiv:2206.01861.
 """
 
 from __future__ import annotations

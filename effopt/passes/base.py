@@ -129,6 +129,7 @@ class Pass(ABC):
     @classmethod
     def build(cls, options: Mapping[str, Any]) -> Pass:
         """An instance with `options`, checked. Raises OptionError that names the fault."""
+        _check_named(cls)
         fields_by_name = {f.name: f for f in dataclasses.fields(cls)}
         for key, value in options.items():
             if key not in fields_by_name:
@@ -140,6 +141,7 @@ class Pass(ABC):
 
     def check(self) -> Pass:
         """Itself, with options as `build` would take them. Raises OptionError."""
+        _check_named(type(self))
         for option in dataclasses.fields(self):
             _check_option(self.name, option, getattr(self, option.name))
         return self
@@ -213,6 +215,12 @@ def _write(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{','.join(_write(v) for v in value)}]"
     return str(value)
+
+
+def _check_named(pass_: type[Pass]) -> None:
+    for word, example in (("name", '"merge-relu-pair"'), ("stage", "Stage.FUSE")):
+        if not hasattr(pass_, word):
+            raise OptionError(f"pass class {pass_.__name__} has no `{word}`, such as `{word} = {example}`")
 
 
 def _check_option(pass_name: str, option: dataclasses.Field[Any], value: Any) -> None:

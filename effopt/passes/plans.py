@@ -84,7 +84,7 @@ def _told(fate: Mapping[int, Any]) -> str:
 
 def plans_from(given: Any) -> tuple[Plan, ...]:
     """What option `plans` holds: a plan, or several. Raises OptionError."""
-    plans = (given,) if isinstance(given, Plan) else tuple(given)
+    plans = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     for plan in plans:
         if not isinstance(plan, Plan):
             raise OptionError(

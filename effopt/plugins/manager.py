@@ -19,6 +19,8 @@ from effopt.passes.base import Pass
 from effopt.plugins import builtin, hookspec
 
 GROUP = "effopt"
+_HOOKS = tuple(sorted(n for n in vars(hookspec) if n.startswith("effopt_")))
+_REGISTERING = ("effopt_passes", "effopt_ops", "effopt_lowerings")
 
 
 @dataclass
@@ -87,14 +89,27 @@ def build_registry(extra: Sequence[Any] = ()) -> Registry:
 
 def _register(registry: Registry, plugin: Any, name: str) -> None:
     try:
+        if inspect.isclass(plugin):
+            raise PluginError(f"{plugin.__name__} is a class; give an instance of it")
         registry.manager.register(plugin, name)
-        for caller in registry.manager.get_hookcallers(plugin) or ():
-            if not caller.has_spec():
-                raise unknown("hook", caller.name, (n for n in vars(hookspec) if n.startswith("effopt_")))
+        _check_hooks(registry.manager, plugin)
     except Exception as error:  # noqa: BLE001 - a plugin's own fault: it is left out by name
         if registry.manager.has_plugin(name):
             registry.manager.unregister(name=name)
         registry.faults.append(f"plugin {name!r} failed to register: {_say(error)}")
+
+
+def _check_hooks(manager: pluggy.PluginManager, plugin: Any) -> None:
+    """Raise for a hook that is not there, or would never be called, and for a plugin without any."""
+    for caller in manager.get_hookcallers(plugin) or ():
+        if not caller.has_spec():
+            raise unknown("hook", caller.name, _HOOKS)
+    named = [hook for hook in _HOOKS if callable(getattr(plugin, hook, None))]
+    if not named:
+        raise PluginError(f"{plugin!r} has no hook; there are: {', '.join(_HOOKS)}")
+    for hook in named:
+        if hook not in _REGISTERING and manager.parse_hookimpl_opts(plugin, hook) is None:
+            raise PluginError(f"hook {hook!r} is not marked with effopt.hookimpl, so it is never called")
 
 
 def _in_order(manager: pluggy.PluginManager) -> list[tuple[str, Any]]:
@@ -187,7 +202,7 @@ def _guard_wrapper(registry: Registry, what: str, function: Callable[..., Any]) 
 
 def _call(plugin: Any, hook: str) -> Sequence[Any]:
     function = getattr(plugin, hook, None)
-    return tuple(function()) if function is not None and not inspect.isclass(plugin) else ()
+    return tuple(function()) if function is not None else ()
 
 
 def _check(

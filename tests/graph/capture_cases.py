@@ -14,6 +14,17 @@ from effopt.compile import effopt, record
 from effopt.plugins.report import Report
 
 Make = Callable[[], tuple[Any, ...]]
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+def make(*sizes: tuple[int, ...], grad: bool = False) -> Callable[[], tuple[Any, ...]]:
+    """Equal random inputs each time."""
+
+    def inputs() -> tuple[Any, ...]:
+        torch.manual_seed(1)
+        return tuple(torch.randn(size).requires_grad_(grad) for size in sizes)
+
+    return inputs
 
 
 def storage(value: torch.Tensor) -> int | None:

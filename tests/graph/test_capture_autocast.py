@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from effopt.compile import effopt
 from effopt.graph.values import val
-from tests.graph.capture_cases import compare
-from tests.graph.test_capture import make
+from tests.graph.capture_cases import compare, make
 
 
 @contextmanager

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.graph.capture_cases import compare
-from tests.graph.test_capture import MODES, make
+from tests.graph.capture_cases import MODES, compare, make
 
 pytestmark = [
     # Dynamo asks a non-leaf tensor for its gradient when a frame resumes, and instantiates the context of

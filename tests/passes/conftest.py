@@ -27,6 +27,18 @@ def run_compiled(
     return out, report
 
 
+def run_compared(function: Any, *inputs: Any, **settings: Any) -> tuple[Any, Report]:
+    """`run_compiled`, whose result is that of eager."""
+    out, report = run_compiled(function, *inputs, **settings)
+    torch.testing.assert_close(out, function(*inputs), rtol=1e-5, atol=1e-5)
+    return out, report
+
+
+def reasons_of(report: Report, pass_name: str) -> str:
+    """Why a pass left things alone."""
+    return "; ".join(r.reason for r in report.rejected if r.pass_name == pass_name)
+
+
 @pytest.fixture
 def compiled() -> Callable[..., tuple[Any, Report]]:
     """`run_compiled`, for tests of passes."""

@@ -229,6 +229,25 @@ def test_a_hook_that_does_not_exist() -> None:
     assert "effopt_pases" in fault
 
 
+class Unmarked:
+    def effopt_compile_start(self, graph: Any) -> None:
+        """Never called: `hookimpl` is missing."""
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("my_package.my_module", "'my_package.my_module' has no hook; there are: effopt_approve_rewrite"),
+        (Unmarked, "Unmarked is a class; give an instance of it"),
+        (Unmarked(), "'effopt_compile_start' is not marked with effopt.hookimpl"),
+    ],
+    ids=["text", "class", "unmarked"],
+)
+def test_a_plugin_that_would_do_nothing(given: Any, words: str) -> None:
+    (fault,) = build_registry([given]).faults
+    assert words in fault
+
+
 @pytest.fixture
 def broken_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = importlib.metadata.EntryPoint("broken", "no_such_module_anywhere", manager.GROUP)

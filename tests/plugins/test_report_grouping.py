@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from effopt.graph.rewrite import Rejected
-from effopt.plugins.render.grouping import compact, general, kernels, near_misses
+from effopt.plugins.render.grouping import by_reason, compact, general, kernels, near_misses
+from effopt.plugins.render.page import as_page
 from effopt.plugins.render.quantities import change, duration, scaled
-from effopt.plugins.report import LoweringRecord
+from effopt.plugins.render.text import as_text
+from effopt.plugins.report import GraphReport, LoweringRecord, Report
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,15 @@ def test_kernels_are_counted_by_choice() -> None:
         LoweringRecord(f"n_{i}", "attention", "sdpa", (("triton", f"node_{i} is on cpu"),)) for i in range(3)
     ]
     assert kernels(records) == [("attention", "sdpa", 3, (("triton", "node is on cpu"),))]
+
+
+def test_kernels_with_one_reason_stand_together() -> None:
+    refused = [("triton", "no GPU"), ("flex", "slower"), ("triton-stream-k", "no GPU")]
+    assert by_reason(refused) == [("triton, triton-stream-k", "no GPU"), ("flex", "slower")]
+    record = LoweringRecord("n", "attention", "sdpa", tuple(refused))
+    report = Report(graphs=[GraphReport(pipeline="", lowerings=[record])])
+    assert "triton, triton-stream-k: no GPU; flex: slower" in as_text(report)
+    assert "<b>triton, triton-stream-k</b> no GPU<br><b>flex</b> slower" in as_page(report)
 
 
 def test_quantities() -> None:

@@ -9,7 +9,7 @@ was loaded, where subtracting 128 first would pass it through registers.
 
 Few rows make few tiles, so k is divided among several programs, whose int32 sums are added afterwards.
 
-Source: Dettmers et al. 2022, arXiv:2208.07339, section 2.1; not measured on a GPU yet.
+Source: Dettmers et al. 2022, arXiv:2208.07339, section 3.1; not measured on a GPU yet.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ parts of each line: no atomics, and the bits repeat for equal lengths.
 Where a mask over keys, such as that of padding, or ids leave a request part of the keys, a small kernel finds
 its first and last tile before; nothing is read on the host.
 
-Source: Sanovar et al. 2024, Lean Attention, arXiv:2405.10480, section 4. Not measured on a GPU yet.
+Source: Sanovar et al. 2024, Lean Attention, arXiv:2405.10480. Not measured on a GPU yet.
 """
 
 from __future__ import annotations

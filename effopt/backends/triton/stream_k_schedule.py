@@ -6,8 +6,8 @@ begin and end within a line and may hold several. What a program finds of line n
 through the row, each boundary of a program or of a line makes one of the two greater, so no slot is taken
 twice, the slots of a line follow each other, and programs + lines slots are enough.
 
-Source: Osama et al. 2023, Stream-K, arXiv:2301.03598, section 3; for attention: Sanovar et al. 2024, Lean
-Attention, arXiv:2405.10480, section 4.
+Source: Osama et al. 2023, Stream-K, arXiv:2301.03598, section 4; for attention: Sanovar et al. 2024, Lean
+Attention, arXiv:2405.10480.
 """
 
 import triton

@@ -7,7 +7,7 @@
     out    = dropout(softmax([scores, sinks])[..., :s]) @ value
 
 Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; grouped queries: Ainslie et al. 2023,
-arXiv:2305.13245; soft-cap: Gemma Team 2024, arXiv:2408.00118, section 2; sinks: Xiao et al. 2023,
+arXiv:2305.13245; soft-cap: Gemma Team 2024, arXiv:2408.00118; sinks: Xiao et al. 2023,
 arXiv:2309.17453.
 """
 

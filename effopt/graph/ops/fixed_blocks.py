@@ -4,8 +4,8 @@
     strided_blocks: the window, and every `stride`-th block before it, beginning at another one in each head:
                     blocks j with (j + head) % stride == 0, so that `stride` heads see all blocks together
 
-Source: sink and window: Xiao et al. 2023, arXiv:2309.17453, section 3.1; Beltagy et al. 2020,
-arXiv:2004.05150, section 3.1; shards: Lin et al. 2024, arXiv:2407.17678, section 3.
+Source: sink and window: Xiao et al. 2023, arXiv:2309.17453, section 3.2; Beltagy et al. 2020,
+arXiv:2004.05150, section 3.1; shards: Lin et al. 2024, arXiv:2407.17678.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     codes = round(input / token_scale)
     ((codes @ (packed - 128)^T) * token_scale) * scale + bias
 
-Source: Dettmers et al. 2022, arXiv:2208.07339, section 2.1 (vector-wise quantisation).
+Source: Dettmers et al. 2022, arXiv:2208.07339, section 3.1 (vector-wise quantisation).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ A normaliser `query_i . sum_{j <= i} key_j` (Katharopoulos, equation 12) is no p
 attention itself, whose values are ones, and what is done with it (an epsilon, a clamp) is elementwise.
 
 Source: Katharopoulos et al. 2020, arXiv:2006.16236, section 3.3; a decay a head: Sun et al. 2023,
-arXiv:2307.08621, section 2.1, and Qin et al. 2024, arXiv:2401.04658, equation 2; gates a token: Dao & Gu
+arXiv:2307.08621, and Qin et al. 2024, arXiv:2401.04658, equation 4; gates a token: Dao & Gu
 2024, arXiv:2405.21060, section 5; gates a channel: Yang et al. 2023, arXiv:2312.06635, section 4.
 """
 

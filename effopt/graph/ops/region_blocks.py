@@ -3,7 +3,7 @@
     affinity = mean of q over a region of queries @ mean of k over a region of keys
     blocks   = the `count` regions of largest affinity, for each region of queries
 
-Source: Zhu et al. 2023, arXiv:2303.08810, section 3.2 (a region here is a run of tokens, not a square of an
+Source: Zhu et al. 2023, arXiv:2303.08810 (a region here is a run of tokens, not a square of an
 image).
 """
 

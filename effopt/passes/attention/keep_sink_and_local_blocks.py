@@ -6,7 +6,7 @@ Lossy: `sink` and `window` are keys; with a window of all keys it is exact. Need
 inference only. Causal, or self-attention without (then a window on both sides). Saves all blocks between sink
 and window: `window + sink` keys a query are left, whatever the length. Decoding steps read all keys.
 
-Source: Xiao et al. 2023, arXiv:2309.17453, section 3.1 (sink and window; there the cache forgets the rest).
+Source: Xiao et al. 2023, arXiv:2309.17453, section 3.2 (sink and window; there the cache forgets the rest).
 """
 
 from __future__ import annotations

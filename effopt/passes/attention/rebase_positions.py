@@ -7,7 +7,7 @@ which is `frequency[i] * factor ** (-i / (d/2 - 1))`: the first stays, the last 
 Lossy: `factor` trades where far positions lie for length; near ones keep their resolution, so that quality
 without training falls less than with `scale-positions`. Needs no data. All rotations of all graphs of a model
 are changed. Costs one product of the frequencies; no other cost changes.
-Source: Zhu et al. 2024, arXiv:2404.12096, section 3.2 (NTK-aware interpolation).
+Source: Zhu et al. 2024, arXiv:2404.12096 (NTK-aware interpolation).
 """
 
 from __future__ import annotations

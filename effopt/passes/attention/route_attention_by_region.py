@@ -7,7 +7,7 @@ tokens: an image whose tokens run row by row has strips for regions, not the squ
 only, not causal: a mean over a region would tell its first queries of later keys. Needs no data, but the
 paper trains with it. Saves all but `count * block` keys a query, for one product of region means.
 
-Source: Zhu et al. 2023, arXiv:2303.08810, section 3.2.
+Source: Zhu et al. 2023, arXiv:2303.08810.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Lossy: `factor` trades resolution of near positions for length; a model that was
 quality, most of it comes back with little training, which the pass allows. Needs no data. All rotations of
 all graphs of a model are changed. Costs one division of the frequencies; no other cost changes.
 Source: Chen et al. 2023, arXiv:2306.15595, section 2.3 (position interpolation); Pal et al. 2023,
-arXiv:2308.10882, section 3.1 (linear scaling).
+arXiv:2308.10882 (linear scaling).
 """
 
 from __future__ import annotations

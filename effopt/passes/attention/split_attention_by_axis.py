@@ -9,7 +9,7 @@ Exact: masked keys have weight 0 and every position sees itself. A causal mask b
 each line. Both hold for training. No training needed. Saves the mask, and of t * t scores all but t * w (or
 t * t/w): no block of keys is read for its edge alone. Columns are laid out anew, four tensors once each.
 
-Source: Ho et al. 2019, arXiv:1912.12180, section 3 (axial attention); chunks: Child et al. 2019,
+Source: Ho et al. 2019, arXiv:1912.12180 (axial attention); chunks: Child et al. 2019,
 arXiv:1904.10509, section 4.
 """
 

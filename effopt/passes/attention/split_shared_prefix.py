@@ -9,7 +9,7 @@ expanded from one batch entry, or an input of stride 0. Every query must see all
 log-sum-exp. No training needed. Saves reading the prefix `b - 1` times; its queries fill whole tiles.
 
 Source: Juravsky et al. 2024, arXiv:2402.05099, section 3 (Hydragen); parallel contexts: Yang et al. 2025,
-arXiv:2502.05431, section 3.
+arXiv:2502.05431.
 """
 
 from __future__ import annotations

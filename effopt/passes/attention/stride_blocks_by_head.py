@@ -8,7 +8,7 @@ they read all of the context: a stride above the number of heads is refused. Nee
 trains with it; a model that was not is harmed more. Inference only, causal only. Saves all but 1 / stride of
 the blocks before the window. Decoding steps read all keys.
 
-Source: Lin et al. 2024, arXiv:2407.17678, section 3.
+Source: Lin et al. 2024, arXiv:2407.17678.
 """
 
 from __future__ import annotations

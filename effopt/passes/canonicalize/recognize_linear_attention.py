@@ -9,7 +9,7 @@ which normalises, is a linear attention whose values are ones. No training neede
 weights: time and memory grow with t, and not with its square, wherever a kernel or chunks take the op.
 
 Source: Katharopoulos et al. 2020, arXiv:2006.16236, section 3.3; with decay: Sun et al. 2023,
-arXiv:2307.08621, equation 5; Qin et al. 2023, arXiv:2307.14995, section 3.1.
+arXiv:2307.08621; Qin et al. 2023, arXiv:2307.14995.
 """
 
 from __future__ import annotations

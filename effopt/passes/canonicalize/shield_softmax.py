@@ -7,7 +7,7 @@ Inductor's attention patterns ignore dimensions, permutations and masks (torch 2
 between two matmuls becomes attention, with errors above 1; pytorch/pytorch#196468, #195320), and begin at
 `amax`. Only such a softmax is respelled; the rest of the pattern matcher stays on. No training needed.
 
-Source: the stable softmax, Blanchard, Higham & Higham 2019, arXiv:1909.03469, section 2.
+Source: the stable softmax, Blanchard, Higham & Higham 2019, arXiv:1909.03469, section 4.
 """
 
 from __future__ import annotations

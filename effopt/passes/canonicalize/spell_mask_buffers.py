@@ -10,7 +10,7 @@ compiled without this pass. A write through `.data`, which PyTorch does not coun
 the graph writes or returns, that want a gradient, or that mask nothing are left alone. No training needed.
 Saves nothing by itself: a computed mask is proved causal, or a window, where a tensor could hold anything.
 
-Source: the buffer of GPT-2, Radford et al. 2019, section 2.3 (its causal mask), as models spell it.
+Source: the buffer of GPT-2, Radford et al. 2019 (its causal mask), as models spell it.
 """
 
 from __future__ import annotations

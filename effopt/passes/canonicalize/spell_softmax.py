@@ -6,7 +6,7 @@
 Exact up to reassociation. Without the maximum `exp` overflows where softmax does not: left alone. No
 training needed. Saves nothing by itself; attention and routers are recognised by it.
 
-Source: the stable softmax, Blanchard, Higham & Higham 2019, arXiv:1909.03469, section 2.
+Source: the stable softmax, Blanchard, Higham & Higham 2019, arXiv:1909.03469, section 4.
 """
 
 from __future__ import annotations

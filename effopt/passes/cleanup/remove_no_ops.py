@@ -5,7 +5,7 @@
 
 Exact, except that `x + 0` may keep the sign of a zero. A value that leaves the graph is left alone, for
 it must not alias an input. Inference and training. Saves a read and a write of `x` each.
-Source: Bacon, Graham & Sharp 1994, Compiler Transformations for High-Performance Computing, section 5.
+Source: Bacon, Graham & Sharp 1994, Compiler Transformations for High-Performance Computing.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Exact: the sum is rounded as before, and whoever else reads it gets it from the second result.
 Inference and training. Traffic of `[..., d]` tensors: 3 reads and 2 writes become 2 and 2.
-Source: Dao et al. 2022, arXiv:2205.14135, appendix on fused dropout, residual and layer norm in the code.
+Source: fused dropout, residual and layer norm, github.com/Dao-AILab/flash-attention, csrc/layer_norm.
 """
 
 from __future__ import annotations

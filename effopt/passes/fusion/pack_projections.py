@@ -6,7 +6,7 @@
 Exact: each element is the same dot product. Inference only: in training the weights must stay leaves.
 Reads `x` once and launches one product instead of several; holds a second copy of the packed weights,
 so it runs only when asked for. The copy is made once and again whenever a weight changes.
-Source: Shoeybi et al. 2019, arXiv:1909.08053, section 3 (query, key and value as one product).
+Source: Shoeybi et al. 2019, arXiv:1909.08053, whose code takes query, key and value as one product.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Lossy; knobs: `group`, how many layers share, and `include`, which ones may. Nee
 usually needs training with it, which is possible: gradients go through as in the model so written.
 Saves the projections and the cache of the later layers: at `group=2`, half of the cache's bytes if it is
 made by `effopt.cache_for(model, plan)`. An ordinary cache still holds a copy; a static one is not written.
-Source: Brandon et al. 2024, arXiv:2405.12981, section 3 (cross-layer attention).
+Source: Brandon et al. 2024, arXiv:2405.12981, section 2 (cross-layer attention).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Lossy; knob: `keep`, the share of the layers of each stack that stays. Needs cal
 a layer is 1 - cos(what it reads, what it gives), by position, meaned over a few batches of real data in
 one pass: `plan = effopt.calibrate(model, batches, "drop-layers")`, then `options={"plans": plan}`. Training
 afterwards is possible and regains quality. Saves what `skip-layers` saves.
-Source: Men et al. 2024, arXiv:2403.03853, section 3 (block influence).
+Source: Men et al. 2024, arXiv:2403.03853 (block influence).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Lossy; knobs: `keep`, the share of the layers of each stack that stays, or `laye
 changes nothing. Needs no calibration; quality falls steeply without training, which is possible: the
 gradients are those of the model without the layers. Saves the layers' operations, weight reads and, with
 `effopt.cache_for(model, plan)`, their caches; an ordinary cache is still written.
-Source: Liu et al. 2024, arXiv:2404.06954, section 3 (skipping spread evenly, equal for all inputs).
+Source: Liu et al. 2024, arXiv:2404.06954 (skipping spread evenly, equal for all inputs).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Lossy: each token is rounded to 255 levels of its largest value, found when it r
 most. There is no knob but to leave layers out (`quantize-weights{exclude=...}` keeps them in floating point).
 Needs no training and no data; inference only, as its weights. The products are summed exactly. Saves no
 bytes beyond the weights', and doubles the arithmetic rate where the target multiplies bytes.
-Source: Dettmers et al. 2022, arXiv:2208.07339, section 2.1 (vector-wise, without outliers apart).
+Source: Dettmers et al. 2022, arXiv:2208.07339, section 3.1 (vector-wise, without outliers apart).
 """
 
 from __future__ import annotations

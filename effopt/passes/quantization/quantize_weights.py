@@ -7,7 +7,7 @@ Lossy: `bits`, `group` and `symmetric` trade perplexity for bytes; a weight move
 at most. Needs no training and no data; inference only. At 4 bits in groups of 128 a bfloat16 layer takes
 0.26x of its bytes, and reads as much less for each token; `release_weights` frees the original. A tied head
 has codes of its own unless the embedding is quantised too.
-Source: Dettmers et al. 2022, arXiv:2208.07339, section 2 (round to nearest with a scale for each group).
+Source: Yao et al. 2022, arXiv:2206.01861 (weights rounded to nearest, with a scale for each group).
 """
 
 from __future__ import annotations

@@ -96,3 +96,11 @@ def kernels(records: Iterable[LoweringRecord]) -> list[tuple[str, str, int, tupl
         key = (record.op, record.kernel, reasons)
         groups[key] = groups.get(key, 0) + 1
     return [(op, kernel, count, reasons) for (op, kernel, reasons), count in sorted(groups.items())]
+
+
+def by_reason(refused: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(names joined by commas, reason): kernels with one reason together, where the first of them stood."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in refused:
+        groups.setdefault(reason, []).append(name)
+    return [(", ".join(names), reason) for reason, names in groups.items()]

@@ -14,7 +14,7 @@ import torch
 from effopt.graph.provenance import template_of
 from effopt.plugins.render.block import block_section
 from effopt.plugins.render.compressed import compressed_layers, is_compressed
-from effopt.plugins.render.grouping import compact, kernels, natural, near_misses, short_source
+from effopt.plugins.render.grouping import by_reason, compact, kernels, natural, near_misses, short_source
 from effopt.plugins.render.quantities import change, duration, scaled
 from effopt.plugins.render.record import effopt_version
 
@@ -218,7 +218,7 @@ def _left_alone(graph: GraphReport) -> str:
 def _kernels(graph: GraphReport) -> str:
     rows = []
     for op, kernel, count, refused in kernels(graph.lowerings):
-        reasons = "<br>".join(f"<b>{escape(name)}</b> {escape(reason)}" for name, reason in refused)
+        reasons = "<br>".join(f"<b>{escape(names)}</b> {escape(why)}" for names, why in by_reason(refused))
         rows.append((f"<code>{escape(op)}</code>", chip(kernel, "good"), str(count), reasons))
     return table(("op", "kernel", "#times", "not taken, because"), rows)
 

@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from effopt.plugins.render.grouping import compact, kernels, near_misses
+from effopt.plugins.render.grouping import by_reason, compact, kernels, near_misses
 from effopt.plugins.render.quantities import change, duration, scaled
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _kernels(graph: GraphReport) -> RenderableType:
     table = _table("op", "kernel", "times", "not taken, because")
     table.columns[2].justify = "right"
     for op, kernel, count, refused in kernels(graph.lowerings):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
+        reasons = "; ".join(f"{names}: {reason}" for names, reason in by_reason(refused))
         table.add_row(op, Text(kernel, style="green"), str(count), Text(reasons))
     return table
 

@@ -16,8 +16,8 @@ from effopt.backends.triton import LOWERINGS, attention_tiles
 from effopt.backends.triton.attention_tiles import tile_for
 from effopt.graph import ops
 from effopt.target import Target
+from tests.backends.triton.attention_cases import DTYPES, KERNELS, every_kernel
 from tests.backends.triton.calls import H100
-from tests.backends.triton.test_attention_kernels import DTYPES, KERNELS, every_kernel
 
 Q = torch.zeros(2, 4, 3, 8)
 K = torch.zeros(2, 2, 5, 8)

@@ -15,8 +15,8 @@ from effopt.backends.triton.decode_attention import DECODE_ATTENTION
 from effopt.backends.triton.flash_attention import FLASH_ATTENTION
 from effopt.graph import ops
 from tests.backends.triton.attention_calls import assert_attention_gradients
+from tests.backends.triton.attention_cases import LEAST, heads
 from tests.backends.triton.calls import H100
-from tests.backends.triton.test_attention_kernels import LEAST, heads
 
 SEED = 11
 

@@ -13,8 +13,7 @@ from effopt.backends.triton.attention_tiles import share_of_keys
 from effopt.graph import ops
 from effopt.graph.ops import Sample
 from tests.backends.triton.attention_calls import assert_attention_gradients
-from tests.backends.triton.calls import H100
-from tests.backends.triton.test_attention_kernels import (
+from tests.backends.triton.attention_cases import (
     KERNELS,
     LEAST,
     assert_values,
@@ -23,6 +22,7 @@ from tests.backends.triton.test_attention_kernels import (
     heads,
     takes,
 )
+from tests.backends.triton.calls import H100
 
 
 def kinds_of_first_keys(t: int, s: int, device: Any) -> dict[str, dict[str, Any]]:

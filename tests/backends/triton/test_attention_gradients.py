@@ -16,7 +16,7 @@ from effopt.backends.triton.attention_refusals import prepare
 from effopt.backends.triton.flash_attention import FLASH_ATTENTION
 from effopt.graph import ops
 from tests.backends.triton.attention_calls import assert_attention_gradients, attention_gradients
-from tests.backends.triton.test_attention_kernels import LEAST, heads, kinds
+from tests.backends.triton.attention_cases import LEAST, heads, kinds
 
 FLASH = torch.ops.effopt_triton.flash_attention
 

@@ -19,8 +19,8 @@ from effopt.backends.triton.unified_max_attention import UNIFIED_MAX_ATTENTION, 
 from effopt.graph import ops
 from effopt.graph.equivalence import difference
 from effopt.graph.tolerances import tolerance_of
+from tests.backends.triton.attention_cases import DTYPES, LEAST, heads, kinds
 from tests.backends.triton.calls import H100, double
-from tests.backends.triton.test_attention_kernels import DTYPES, LEAST, heads, kinds
 
 # Overflow is how a row shows that the maximum does not fit; NumPy, by which Triton interprets, warns of it.
 pytestmark = pytest.mark.filterwarnings(

@@ -1,54 +1,17 @@
-"""Loops over time, unrolled: which are linear recurrences, and why look-alikes are none."""
+"""Loops over time, unrolled: which are linear recurrences, and what is found of them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import Graph
 
 from effopt.graph.analyses.lockstep import Along, Apply, Lockstep, Same, State, leaves
-from effopt.graph.analyses.recurrences import Found, recurrences
-from effopt.graph.capture import capture
-
-Loop = Callable[..., Any]
-
-
-def graph_of(loop: Loop, *inputs: Tensor) -> Graph:
-    """The normal form of an unrolled loop."""
-    graphs = []
-
-    def backend(module: Any, given: Any) -> Any:
-        graphs.append(capture(module, given).module.graph)
-        return module.forward
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(loop, backend=backend)(*inputs)
-    (graph,) = graphs
-    return graph
-
-
-def found_in(loop: Loop, steps: int = 4) -> Found:
-    """What is found for a decay and an input of `[2, steps, 3, 4]`, and a read-out of `[2, steps, 4]`."""
-    inputs = [torch.rand(2, steps, 3, 4), torch.randn(2, steps, 3, 4), torch.randn(2, steps, 4)]
-    return recurrences(graph_of(loop, *inputs))
-
-
-def read(h: Tensor, c: Tensor, i: int) -> Tensor:
-    return (h * c[:, i][:, None]).sum(-1)
-
-
-def plain(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
-    h, ys = torch.zeros(2, 3, 4), []
-    for i in range(a.shape[1]):
-        h = a[:, i] * h + u[:, i]
-        ys.append(read(h, c, i))
-    return torch.stack(ys, 1)
+from effopt.graph.analyses.recurrences import recurrences
+from tests.graph.analyses.recurrence_cases import Loop, found_in, graph_of, plain, read
 
 
 def other_order(a: Tensor, u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,114 +103,6 @@ def test_no_decay_and_a_given_state() -> None:
     assert list(one.start.meta["val"].shape) == [2, 3, 4]
 
 
-def _nonlinear(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
-    h, ys = torch.zeros(2, 3, 4), []
-    for i in range(4):
-        h = torch.tanh(a[:, i] * h + u[:, i])
-        ys.append(read(h, c, i))
-    return torch.stack(ys, 1)
-
-
-def _gaps(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
-    h, ys = torch.zeros(2, 3, 4), []
-    for i in (0, 1, 3):
-        h = a[:, i] * h + u[:, i]
-        ys.append(read(h, c, i))
-    return torch.stack(ys, 1)
-
-
-def _state_of_a_step(a: Tensor, u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    h, ys, kept = torch.zeros(2, 3, 4), [], u[:, 0]
-    for i in range(4):
-        h = a[:, i] * h + u[:, i]
-        kept = h if i == 1 else kept
-        ys.append(read(h, c, i))
-    return torch.stack(ys, 1), kept
-
-
-def _delta_rule(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
-    h, ys = torch.zeros(2, 3, 4), []
-    for i in range(4):
-        h = a[:, i] * h + u[:, i] * read(h, c, i)[..., None]
-        ys.append(read(h, c, i))
-    return torch.stack(ys, 1)
-
-
-def _one_step_other(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
-    h, ys = torch.zeros(2, 3, 4), []
-    for i in range(4):
-        h = a[:, i] * h + (u[:, i].exp() if i == 3 else u[:, i])
-        ys.append(read(h, c, i))
-    return torch.stack(ys, 1)
-
-
-def _shuffled(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
-    h, ys = torch.zeros(2, 3, 4), []
-    for i in range(4):
-        h = a[:, i] * h + u[:, i]
-        ys.append(read(h, c, i))
-    return torch.stack([ys[0], ys[2], ys[1], ys[3]], 1)
-
-
-def _rounded(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
-    h, ys = torch.zeros(2, 3, 4), []
-    for i in range(4):
-        h = (a[:, i] * h + u[:, i]).bfloat16().float()
-        ys.append(read(h, c, i))
-    return torch.stack(ys, 1)
-
-
-def _reads_the_future(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
-    h, hs = torch.zeros(2, 3, 4), []
-    for i in range(4):
-        h = a[:, i] * h + u[:, i]
-        hs.append(h)
-    late = c * h.sum()
-    return torch.stack([read(h, late, i) for i, h in enumerate(hs)], 1)
-
-
-def _random(a: Tensor, u: Tensor, c: Tensor) -> Tensor:
-    h, ys = torch.zeros(2, 3, 4), []
-    for i in range(4):
-        h = a[:, i] * h + torch.dropout(u[:, i], 0.5, True)
-        ys.append(read(h, c, i))
-    return torch.stack(ys, 1)
-
-
-@pytest.mark.parametrize(
-    ("loop", "reason"),
-    [
-        (_nonlinear, "its state goes through aten.tanh"),
-        (_gaps, "0, 1, 3 of axis 1: not one after the other"),
-        (_state_of_a_step, "is also read by output"),
-        (_delta_rule, "depends on the state"),
-        (_one_step_other, "collects 4 values, and the loop has 3 steps"),
-        (_shuffled, "at 0, 2, 1, 3 of axis 1"),
-        (_reads_the_future, "made of a state"),
-        (_random, "random numbers"),
-    ],
-)
-def test_look_alikes(loop: Loop, reason: str) -> None:
-    found = found_in(loop)
-    assert not found.recurrences
-    assert any(reason in why.reason for why in found.misses), [why.reason for why in found.misses]
-
-
-def test_a_state_that_is_rounded_in_each_step_is_none() -> None:
-    assert not found_in(_rounded).recurrences
-
-
-def test_a_residual_stream_is_no_loop_that_failed() -> None:
-    def stream(x: Tensor, *weights: Tensor) -> Tensor:
-        for w in weights:
-            x = x + torch.nn.functional.linear(x, w)
-        return x
-
-    found = recurrences(graph_of(stream, torch.randn(2, 8), *(torch.randn(8, 8) for _ in range(4))))
-    assert not found.recurrences
-    assert not found.misses
-
-
 @pytest.mark.parametrize("steps", [16, 64])
 def test_work_is_linear_in_steps(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from effopt.graph.analyses import lockstep
@@ -264,16 +119,6 @@ def test_work_is_linear_in_steps(steps: int, monkeypatch: pytest.MonkeyPatch) ->
     (one,) = found_in(plain, steps).recurrences
     assert one.steps == steps
     assert calls <= 12 * steps
-
-
-def _horner(a: Tensor, u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    return plain(a, u, c), ((0.1 * u + 0.2) * u + 0.3) * u + 0.4
-
-
-def test_a_polynomial_is_no_loop_and_hides_none() -> None:
-    found = found_in(_horner)
-    assert [one.steps for one in found.recurrences] == [4]
-    assert not found.misses
 
 
 def test_a_number_that_every_step_adds() -> None:

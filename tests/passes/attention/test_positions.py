@@ -13,7 +13,7 @@ from effopt.compile import record
 from effopt.errors import PlanError
 from effopt.passes.attention.scale_positions import rotated, turn
 from effopt.passes.plan import Entry, PlannedSites, Section
-from effopt.plugins.report import Report
+from tests.passes.conftest import run_compiled
 
 transformers = pytest.importorskip("transformers")
 THETA, FACTOR, D = 1e4, 4.0, 8
@@ -34,20 +34,12 @@ def llama(rope: dict[str, Any] | None = None, layers: int = 1) -> nn.Module:
     return transformers.LlamaForCausalLM(made).eval()
 
 
-def compiled(model: Any, spec: str, *inputs: Tensor, **settings: Any) -> tuple[Any, Report]:
-    torch._dynamo.reset()
-    options = {"passes": spec, "lowering": "eager"}
-    with record() as report:
-        out = torch.compile(model, backend="effopt", options=options, **settings)(*inputs)
-    return out, report
-
-
 @pytest.mark.parametrize(
     ("spec", "rope", "dynamic"), [(SCALE, LINEAR, None), (REBASE, NTK, None), (SCALE, LINEAR, True)]
 )
 def test_logits_of_transformers(spec: str, rope: dict[str, Any], dynamic: bool | None) -> None:
     with torch.no_grad():
-        out, report = compiled(llama(layers=2), spec, IDS, dynamic=dynamic)
+        out, report = run_compiled(llama(layers=2), IDS, dynamic=dynamic, passes=spec)
         want, plain = llama(rope, 2)(IDS).logits, llama(layers=2)(IDS).logits
     torch.testing.assert_close(out.logits, want, rtol=1e-4, atol=1e-4)
     assert report.counts[spec.split("{")[0]] == 1, "one table serves all layers"
@@ -95,7 +87,7 @@ def test_one_plan_for_all_graphs() -> None:
 
 def test_factor_one_changes_nothing() -> None:
     with torch.no_grad():
-        out, report = compiled(llama(), "scale-positions{factor=1}", IDS)
+        out, report = run_compiled(llama(), IDS, passes="scale-positions{factor=1}")
         torch.testing.assert_close(out.logits, llama()(IDS).logits, rtol=1e-5, atol=1e-5)
     assert not report.counts["scale-positions"]
     assert "factor=1 changes nothing" in [r.reason for r in report.rejected]
@@ -104,7 +96,7 @@ def test_factor_one_changes_nothing() -> None:
 def test_gradients_are_those_of_transformers() -> None:
     """Position interpolation is made for a little training."""
     model, want = llama(), llama(LINEAR)
-    out, _ = compiled(model, SCALE, IDS)
+    out, _ = run_compiled(model, IDS, passes=SCALE)
     out.logits.square().mean().backward()
     want(IDS).logits.square().mean().backward()
     for (name, one), other in zip(model.named_parameters(), want.parameters(), strict=True):
@@ -153,7 +145,7 @@ def test_spellings_of_a_table(spelled: Any, spec: str) -> None:
 
     x, frequencies = torch.randn(1, 2, 5, 8), 100.0 ** (-torch.arange(4) / 4)
     with torch.no_grad():
-        out, report = compiled(run, spec, x, frequencies)
+        out, report = run_compiled(run, x, frequencies, passes=spec)
     assert report.counts[spec.split("{")[0]] == 1, [r.reason for r in report.rejected]
     slower = FACTOR if spec == SCALE else FACTOR ** (torch.arange(4) / 3)
     torch.testing.assert_close(out, run(x, frequencies / slower), rtol=1e-5, atol=1e-5)
@@ -166,7 +158,7 @@ def test_a_buffer_is_refused() -> None:
     )
     model = transformers.GPTJForCausalLM(config).eval()
     with torch.no_grad():
-        out, report = compiled(model, SCALE, IDS)
+        out, report = run_compiled(model, IDS, passes=SCALE)
         torch.testing.assert_close(out.logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
     reasons = [r.reason for r in report.rejected if r.pass_name == "scale-positions"]
     assert reasons
@@ -180,5 +172,5 @@ def test_positions_are_whole_numbers() -> None:
         return turn(x, angle.cos(), angle.sin())
 
     with torch.no_grad():
-        _, report = compiled(run, SCALE, torch.randn(1, 2, 5, 8), torch.rand(5), torch.rand(4))
+        _, report = run_compiled(run, torch.randn(1, 2, 5, 8), torch.rand(5), torch.rand(4), passes=SCALE)
     assert any("none, or both, are whole numbers" in r.reason for r in report.rejected)

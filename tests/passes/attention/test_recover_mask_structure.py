@@ -13,6 +13,7 @@ from effopt.compile import effopt, record
 from effopt.graph import ops
 from effopt.passes.attention.recover_mask_structure import RecoverMaskStructure
 from effopt.plugins.hookspec import hookimpl
+from tests.passes.conftest import run_compiled
 
 INF, LOWEST = float("inf"), torch.finfo(torch.float32).min
 NAME = RecoverMaskStructure.name
@@ -38,12 +39,11 @@ def told(
     function: Callable[..., Tensor], *inputs: Tensor, dynamic: bool | None = None
 ) -> tuple[dict[str, Any], Any]:
     """What the one attention of a function is told, and the report; its result is checked."""
-    torch._dynamo.reset()
     spy = Spy()
-    options = {"lowering": "eager", "plugins": [spy], "disable": ["split-attention-by-axis"]}
-    with record() as report, torch.no_grad():
-        backend = lambda module, given: effopt(module, given, options=options)  # noqa: E731
-        out = torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs)
+    with torch.no_grad():
+        out, report = run_compiled(
+            function, *inputs, dynamic=dynamic, plugins=[spy], disable=["split-attention-by-axis"]
+        )
     torch.testing.assert_close(out, function(*inputs), rtol=1e-5, atol=1e-5, equal_nan=True)
     (kwargs,) = spy.found
     return kwargs, report

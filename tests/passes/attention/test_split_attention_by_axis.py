@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from effopt.compile import record
 from effopt.passes.attention.split_attention_by_axis import SplitAttentionByAxis
-from effopt.plugins.report import Report
+from tests.passes.conftest import reasons_of, run_compared
 
 NAME = SplitAttentionByAxis.name
 LOWEST = torch.finfo(torch.float32).min
-
-
-def compiled(function: Callable[..., Tensor], *inputs: Tensor, **settings: Any) -> tuple[Tensor, Report]:
-    torch._dynamo.reset()
-    options = settings.pop("options", {"lowering": "eager"})
-    with record() as report:
-        run = torch.compile(function, backend="effopt", fullgraph=True, options=options, **settings)
-        out = run(*inputs)
-    torch.testing.assert_close(out, function(*inputs), rtol=1e-5, atol=1e-5)
-    return out, report
-
-
-def reasons(report: Report) -> str:
-    return "; ".join(r.reason for r in report.rejected if r.pass_name == NAME)
 
 
 def row(at: Tensor, width: int) -> Tensor:
@@ -57,7 +41,7 @@ def test_lines_of_a_grid(t: int, width: int, line: Callable[..., Tensor], is_cau
 
     q, k = torch.randn(3, 4, t, 8), torch.randn(3, 2, t, 8)
     with torch.no_grad():
-        _, report = compiled(masked, q, k)
+        _, report = run_compared(masked, q, k)
     (applied,) = [a for a in report.applied if a.pass_name == NAME]
     length = width if line is row else t // width
     assert f"{t * t} scores become {t * length}" in applied.note
@@ -70,7 +54,7 @@ def test_gradients(line: Callable[..., Tensor]) -> None:
         return (q @ q.mT + hidden).softmax(-1) @ q
 
     q = torch.randn(2, 2, 12, 8, requires_grad=True)
-    out, report = compiled(biased, q)
+    out, report = run_compared(biased, q)
     assert report.counts[NAME] == 1
     (got,) = torch.autograd.grad(out.square().sum(), q)
     (want,) = torch.autograd.grad(biased(q).square().sum(), q)
@@ -83,7 +67,7 @@ def test_a_mask_that_is_only_evaluated() -> None:
         return attend(q, q, q, attn_mask=lane[:, None] == lane)
 
     with torch.no_grad():
-        _, report = compiled(tiled, torch.randn(2, 2, 12, 8))
+        _, report = run_compared(tiled, torch.randn(2, 2, 12, 8))
     assert report.counts[NAME] == 1
 
 
@@ -94,13 +78,13 @@ def test_the_batch_may_be_symbolic_and_the_length_not() -> None:
     q = torch.randn(3, 2, 12, 8)
     torch._dynamo.mark_dynamic(q, 0)
     with torch.no_grad():
-        _, report = compiled(masked, q)
-        assert report.counts[NAME] == 1, reasons(report)
+        _, report = run_compared(masked, q)
+        assert report.counts[NAME] == 1, reasons_of(report, NAME)
         q = torch.randn(3, 2, 12, 8)
         torch._dynamo.mark_dynamic(q, 2)
-        _, report = compiled(masked, q)
+        _, report = run_compared(masked, q)
     assert NAME not in report.counts
-    assert "not known to be the same positions" in reasons(report)
+    assert "not known to be the same positions" in reasons_of(report, NAME)
 
 
 def test_under_inductor() -> None:
@@ -108,7 +92,7 @@ def test_under_inductor() -> None:
         return attend(x, x, x, attn_mask=column(torch.arange(24), 6))
 
     with torch.no_grad():
-        _, report = compiled(axial, torch.randn(2, 2, 24, 8), options={})
+        _, report = run_compared(axial, torch.randn(2, 2, 24, 8), lowering="auto")
     assert report.counts[NAME] == 1
 
 
@@ -130,9 +114,9 @@ def test_look_alikes_stay(keep: Callable[[Tensor], Tensor], reason: str) -> None
         return attend(q, q, q, attn_mask=keep(torch.arange(12)))
 
     with torch.no_grad():
-        _, report = compiled(masked, torch.randn(2, 2, 12, 8))
+        _, report = run_compared(masked, torch.randn(2, 2, 12, 8))
     assert NAME not in report.counts
-    assert reason in reasons(report)
+    assert reason in reasons_of(report, NAME)
 
 
 def test_a_remainder_of_negative_numbers_is_read_as_it_is() -> None:
@@ -143,7 +127,7 @@ def test_a_remainder_of_negative_numbers_is_read_as_it_is() -> None:
         return attend(q, q, q, attn_mask=(at - 12) % 4 == (at[:, None] - 12) % 4)
 
     with torch.no_grad():
-        compiled(masked, torch.randn(2, 2, 12, 8))
+        run_compared(masked, torch.randn(2, 2, 12, 8))
 
 
 def test_chunked_layers_of_a_model() -> None:
@@ -162,5 +146,5 @@ def test_chunked_layers_of_a_model() -> None:
         return model(input_ids=ids).logits
 
     with torch.no_grad():
-        _, report = compiled(logits, ids)
-    assert report.counts[NAME] == 3, reasons(report)
+        _, report = run_compared(logits, ids)
+    assert report.counts[NAME] == 3, reasons_of(report, NAME)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,25 +14,10 @@ from effopt.compile import record
 from effopt.graph import ops
 from effopt.graph.ops.base import tensor_bytes
 from effopt.passes.attention.split_shared_prefix import SplitSharedPrefix
-from effopt.plugins.report import Report
 from tests.models.architectures import build
+from tests.passes.conftest import reasons_of, run_compared
 
 NAME = SplitSharedPrefix.name
-EAGER = {"lowering": "eager"}
-
-
-def compiled(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> tuple[Tensor, Report]:
-    torch._dynamo.reset()
-    dynamic = options.pop("dynamic", None)
-    with record() as report, torch.no_grad():
-        run = torch.compile(function, backend="effopt", fullgraph=True, dynamic=dynamic, options=options)
-        out = run(*inputs)
-    torch.testing.assert_close(out, function(*inputs), rtol=1e-5, atol=1e-5)
-    return out, report
-
-
-def reasons(report: Report) -> str:
-    return "; ".join(r.reason for r in report.rejected if r.pass_name == NAME)
 
 
 def prefilled(model: torch.nn.Module, prefix: Tensor, batch: int) -> Any:
@@ -83,7 +67,7 @@ Q, PREFIX, OWN = torch.randn(8, 4, 1, 8), torch.randn(1, 2, 100, 8), torch.randn
 def test_bytes_of_the_prefix_are_read_once() -> None:
     """The library's cost of keys and values: b times the prefix before, once afterwards."""
     b, hkv, prefix, d = 8, 2, 100, 8
-    _, report = compiled(lambda q, p, own: over(q, p, own, enable_gqa=True), Q, PREFIX, OWN, **EAGER)
+    _, report = run_compared(lambda q, p, own: over(q, p, own, enable_gqa=True), Q, PREFIX, OWN)
     (applied,) = [a for a in report.applied if a.pass_name == NAME]
     assert applied.note.startswith(f"{(b - 1) * prefix * hkv * 2 * d * 4} bytes")
     one = tensor_bytes(torch.empty(1, hkv, prefix, d)) * 2
@@ -102,8 +86,8 @@ def test_padded_suffix(dynamic: bool | None) -> None:
     def masked(q: Tensor, prefix: Tensor, own: Tensor, seen: Tensor) -> Tensor:
         return over(q, prefix, own, attn_mask=seen, enable_gqa=True)
 
-    _, report = compiled(masked, Q, PREFIX, OWN, seen, dynamic=dynamic, **EAGER)
-    assert report.counts.get(NAME) == 1, reasons(report)
+    _, report = run_compared(masked, Q, PREFIX, OWN, seen, dynamic=dynamic)
+    assert report.counts.get(NAME) == 1, reasons_of(report, NAME)
 
 
 def test_contexts_in_parallel() -> None:
@@ -111,7 +95,7 @@ def test_contexts_in_parallel() -> None:
         k = torch.cat([one.expand(8, -1, -1, -1), other.expand(8, -1, -1, -1), own], 2)
         return attend(q, k, k, enable_gqa=True)
 
-    _, report = compiled(attended, Q, PREFIX, torch.randn(1, 2, 63, 8), OWN, **EAGER)
+    _, report = run_compared(attended, Q, PREFIX, torch.randn(1, 2, 63, 8), OWN)
     assert report.ops["attention_lse"] == 3
     assert report.ops["merge_attention"] == 2
 
@@ -122,9 +106,9 @@ def test_a_window_that_hides_the_prefix_is_refused() -> None:
         near = at > at[100:, None] - 20
         return over(q, prefix, own, attn_mask=near & (at <= at[100:, None]), enable_gqa=True)
 
-    _, report = compiled(windowed, torch.randn(8, 4, 9, 8), PREFIX, OWN, **EAGER)
+    _, report = run_compared(windowed, torch.randn(8, 4, 9, 8), PREFIX, OWN)
     assert NAME not in report.counts
-    assert "a window hides" in reasons(report)
+    assert "a window hides" in reasons_of(report, NAME)
 
 
 def test_a_row_that_gives_nan_is_refused() -> None:
@@ -133,9 +117,9 @@ def test_a_row_that_gives_nan_is_refused() -> None:
         return (q @ k.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ k
 
     seen = torch.rand(8, 1, 1, 109) > 0.3
-    _, report = compiled(masked, Q[:, :2], PREFIX, OWN, seen, **EAGER)
+    _, report = run_compared(masked, Q[:, :2], PREFIX, OWN, seen)
     assert NAME not in report.counts
-    assert "may see no key" in reasons(report)
+    assert "may see no key" in reasons_of(report, NAME)
 
 
 def test_values_of_another_batch_are_refused() -> None:
@@ -143,6 +127,6 @@ def test_values_of_another_batch_are_refused() -> None:
         k = torch.cat([prefix.expand(8, -1, -1, -1), own], 2)
         return attend(q, k, torch.cat([values, own], 2), enable_gqa=True)
 
-    _, report = compiled(attended, Q, PREFIX, OWN, torch.randn(8, 2, 100, 8), **EAGER)
+    _, report = run_compared(attended, Q, PREFIX, OWN, torch.randn(8, 2, 100, 8))
     assert NAME not in report.counts
-    assert "is proved to be the same" in reasons(report)
+    assert "is proved to be the same" in reasons_of(report, NAME)

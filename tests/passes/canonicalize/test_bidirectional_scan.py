@@ -2,7 +2,7 @@
 
     y = shift(scan(x)) + flip(shift(scan(flip(x)))) + d * x
 
-is the product with a quasi-separable matrix (Hwang et al. 2024, arXiv:2407.09941, section 3). Written in
+is the product with a quasi-separable matrix (Hwang et al. 2024, arXiv:2407.09941). Written in
 plain PyTorch with loops over time, both scans must become calls, and the layer must train as it did.
 """
 

@@ -11,65 +11,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import effopt
-from effopt.cache_layout import build
-from effopt.errors import PlanError
 from effopt.graph import ops
 from effopt.graph.rewrite import PassResult
 from effopt.passes.kv.split_heads_by_role import SplitHeadsByRole
-from effopt.passes.plan import Entry, PlannedStack, Section
-from tests.models import architectures
 from tests.models.architectures import sampled
 from tests.models.eager_twin import relative
-from tests.models.streaming_twin import seen_by, streaming_twin_of
-from tests.passes.kv.test_share_kv_across_layers import Look, compiled
+from tests.models.streaming_twin import seen_by
+from tests.passes.kv.models import Look, compiled
+from tests.passes.kv.streaming_cases import NAME, RECENT, SINK, batch, case, decisions, small
 from tests.test_caches import generate, kv_bytes, model_of, ordinary, prompt
-
-NAME = "split-heads-by-role"
-SINK, RECENT = 2, 5
-STREAMS: dict[str, list[list[int]]] = {
-    "grouped": [[1], [0, 1]],
-    "single": [[0, 2], [0, 1, 2, 3]],
-}
-
-
-def plan_of(model: Any, streams: list[list[int]], sink: int = SINK, recent: int = RECENT) -> effopt.Plan:
-    """A plan for these KV heads of each layer, through JSON as one that was saved."""
-    base = "transformer.h" if model.config.model_type == "gpt2" else "model.layers"
-    entries = [
-        Entry(
-            f"{base}.{i}",
-            type(model.get_submodule(f"{base}.{i}")).__name__,
-            {"streaming": heads, "sink": sink, "recent": recent} if heads else None,
-        )
-        for i, heads in enumerate(streams)
-    ]
-    section = Section(f"{NAME}{{sink={sink},recent={recent}}}", (PlannedStack(64, tuple(entries)),))
-    return effopt.Plan.from_json(effopt.Plan((section,)).to_json())
-
-
-def batch(rows: int = 2, length: int = 20) -> dict[str, Any]:
-    torch.manual_seed(2)
-    return {"input_ids": torch.randint(3, 100, (rows, length)), "use_cache": False}
-
-
-def decisions(plan: effopt.Plan) -> dict[int, Any]:
-    return {i: entry.decision for i, entry in enumerate(plan.sections[0].entries)}
-
-
-def small(name: str) -> Any:
-    """Two layers, weights large enough for the heads to matter."""
-    model = architectures.build(name, "sdpa", use_cache=True)[0]
-    with torch.no_grad():
-        for weight in (p for p in model.parameters() if p.dim() > 1):
-            weight.mul_(4)
-    return model
-
-
-def case(name: str) -> tuple[Any, effopt.Plan, Any]:
-    """A model, a plan for it, and its twin."""
-    model = small(name)
-    plan = plan_of(model, STREAMS["single" if name == "gpt2" else "grouped"])
-    return model, plan, streaming_twin_of(model, decisions(plan))
 
 
 @pytest.mark.parametrize("name", sampled(["llama", "qwen3", "gpt2", "mixtral"], "llama", "gpt2"))
@@ -240,104 +190,6 @@ def test_gradients_equal_the_twin() -> None:
         f(**inputs).logits.square().mean().backward()
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert relative(mine.grad, theirs.grad) < 1e-4  # type: ignore[arg-type]
-
-
-def test_without_a_plan_it_says_how_to_make_one() -> None:
-    with torch.no_grad(), pytest.raises(Exception, match=r"needs a plan: plan = effopt\.calibrate"):
-        compiled(small("llama"), passes=NAME)(**batch())
-
-
-def test_batches_that_are_too_short_are_an_error() -> None:
-    with pytest.raises(Exception, match=r"must be longer than sink \+ recent, 68 tokens"):
-        effopt.calibrate(small("llama"), [batch()], NAME)
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("mistral", "it is a sliding window already"),
-        pytest.param("bert", "a query may see later keys", marks=pytest.mark.slow),
-        pytest.param("t5-encoder", "it adds a bias", marks=pytest.mark.slow),
-    ],
-)
-def test_attention_of_other_kinds_is_left_with_a_reason(name: str, reason: str) -> None:
-    model, inputs = architectures.build(name)
-    plan = effopt.calibrate(model, [inputs], f"{NAME}{{sink=1,recent=2}}")
-    assert not any(decisions(plan).values())
-    with effopt.record() as report, torch.no_grad():
-        torch._dynamo.reset()
-        compiled(model, passes=Scored(sink=1, recent=2))(**inputs)
-    found = [r.reason for r in report.rejected if r.pass_name == NAME]
-    assert found
-    assert all(reason in r for r in found)
-
-
-class Scored(SplitHeadsByRole):
-    """Decides without scores: what stops it is then in the report of an ordinary call."""
-
-    is_scored = False
-
-    def decide(self, stack: Any, scores: Any, result: Any) -> Any:
-        return super().decide(stack, [0.5] * len(stack.layers), result)
-
-
-@pytest.mark.slow
-def test_cross_attention_is_left_with_a_reason() -> None:
-    model = model_of("t5")
-    inputs = {**batch(), "decoder_input_ids": batch()["input_ids"]}
-    with effopt.record() as report, torch.no_grad():
-        compiled(model, passes=Scored(sink=1, recent=2))(**inputs)
-    reasons = {r.reason for r in report.rejected if r.pass_name == NAME}
-    assert any("holds 2 attention that was recognised, and one is needed" in r for r in reasons)
-
-
-def test_cache_of_another_plan_is_an_error() -> None:
-    model, plan, _ = case("llama")
-    cache = effopt.cache_for(model, plan_of(model, STREAMS["grouped"], recent=4))
-    run = compiled(model.forward, plans=plan)
-    with torch.no_grad(), pytest.raises(Exception, match="the cache was made for another plan"):
-        run(input_ids=prompt()[0], past_key_values=cache)
-
-
-@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_split_cache_of_a_model_without_the_plan(is_compiled: bool) -> None:
-    model, plan, _ = case("llama")
-    cache = effopt.cache_for(model, plan)
-    run = compiled(model.forward) if is_compiled else model.forward
-    with (
-        torch.no_grad(),
-        pytest.raises(RuntimeError, match=r"of layer 0 \(model.layers.0\), and the model .*: compile it"),
-    ):
-        run(input_ids=prompt()[0], past_key_values=cache)
-
-
-def test_tokens_are_not_given_back() -> None:
-    model, plan, _ = case("llama")
-    layer = effopt.cache_for(model, plan).layers[0]
-    layer.crop(0)
-    with pytest.raises(RuntimeError, match="cannot give back tokens"):
-        layer.crop(-1)
-
-
-def test_prompt_without_a_mask_over_a_static_cache() -> None:
-    """`transformers` then hands on the keys of the prompt alone, a slice of the cache."""
-    model, plan, twin = case("llama")
-    run, ids = compiled(model.forward, plans=plan), prompt()[0]
-    held = effopt.cache_for(model, plan, max_cache_len=16), ordinary(twin, 16)
-    with torch.no_grad():
-        got, want = (
-            f(input_ids=ids, past_key_values=c).logits for f, c in zip((run, twin), held, strict=True)
-        )
-    assert relative(got, want) < 1e-5
-
-
-def test_sliding_layers_keep_no_split_cache() -> None:
-    config = model_of("gemma2").config
-    decision = {"streaming": [0], "sink": 2, "recent": 5}
-    with pytest.raises(PlanError, match="keeps a DynamicSlidingWindowLayer: its heads cannot keep"):
-        build(config, set(), {}, {i: f"layer {i}" for i in range(4)}, splits={0: decision})
-    with pytest.raises(PlanError, match="is skipped or shares its keys"):
-        build(config, {2}, {}, {i: f"layer {i}" for i in range(4)}, splits={2: decision})
 
 
 def test_choices_for_tuning() -> None:

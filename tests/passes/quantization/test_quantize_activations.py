@@ -14,7 +14,7 @@ from effopt.errors import PipelineError
 from effopt.graph.tolerances import tolerance_of
 from tests.models.architectures import sampled
 from tests.models.eager_twin import Int8, relative
-from tests.passes.quantization.test_quantize_weights import model_and_inputs, output_of, run
+from tests.passes.quantization.quantized_models import model_and_inputs, output_of, run
 
 MODELS = {"llama": 15, "gpt2": 9, "bert": 13, "t5": 33, "vit": 13, "plain": 13}
 

@@ -1,6 +1,6 @@
 """Squared ReLU: `relu(x)^2`.
 
-Source: So et al. 2021, arXiv:2109.08668, section 3.
+Source: So et al. 2021, arXiv:2109.08668.
 """
 
 from __future__ import annotations

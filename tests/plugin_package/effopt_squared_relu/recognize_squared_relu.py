@@ -3,7 +3,7 @@
     relu(x) ** 2,  relu(x) * relu(x)  =>  squared_relu(x)
 
 Exact. No training. Saves one write and one read of x.
-Source: So et al. 2021, arXiv:2109.08668, section 3.
+Source: So et al. 2021, arXiv:2109.08668.
 """
 
 from __future__ import annotations
