@@ -11,7 +11,7 @@ Source: Kwon et al. 2023, arXiv:2309.06180, section 4.1 (the block table). Looks
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Table:
     node: Node
     at: Place
     """Axes `batch` and `column`; none: it is flat, request by request."""
-    columns: Any
+    columns: Any = field(compare=False)
     """Pages of a request."""
 
 

@@ -107,9 +107,13 @@ def test_as_eager_in_float64(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lowering", ["auto", "reference"])
 @pytest.mark.parametrize("t", [1, 3])
-def test_through_inductor(lowering: str, t: int) -> None:
+@pytest.mark.parametrize(
+    ("lowering", "columns", "kernel"),
+    [("auto", 3, "gathered"), ("auto", 128, "by-request"), ("reference", 3, "reference")],
+)
+def test_through_inductor(lowering: str, columns: int, kernel: str, t: int) -> None:
+    """Few keys are gathered at once, many request by request; pages below 0 are those from the end."""
     torch._dynamo.reset()
 
     def run(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
@@ -117,11 +121,14 @@ def test_through_inductor(lowering: str, t: int) -> None:
         rows = lengths.view(-1, 1, 1, 1) - t + torch.arange(t)[:, None]
         return F.scaled_dot_product_attention(q, k, v, torch.arange(k.shape[2]) <= rows, enable_gqa=True)
 
-    inputs = torch.randn(2, 4, t, 8), POOL, VALUES, TABLE - 7, LENGTHS
+    keys, values = torch.randn(2, 2 * columns, 16, 4, 64)
+    table = torch.randperm(2 * columns).view(2, columns) - 2 * columns
+    inputs = torch.randn(2, 8, t, 64), keys, values, table, torch.tensor([1, 15 * columns])
     with record() as report, torch.no_grad():
         got = torch.compile(run, backend="effopt", fullgraph=True, options={"lowering": lowering})(*inputs)
-        torch.testing.assert_close(got, run(*inputs), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, run(*inputs), rtol=1e-4, atol=1e-5)
     assert report.counts[NAME] == 1
+    assert [r.kernel for r in report.lowerings] == [kernel]
 
 
 def test_nothing_is_gathered_any_more() -> None:

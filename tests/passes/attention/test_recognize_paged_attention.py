@@ -140,7 +140,7 @@ def one_of_layers(pool: Tensor, table: Tensor) -> Tensor:
 LAYOUTS = (
     *(by_index, by_index_select, by_embedding, by_gather, by_take_along_dim, by_slots, by_flat_slots),
     *(by_computed_pages, head_major, heads_first, transposed_channels, repeated_late, repeated_early),
-    one_of_layers,
+    *(one_of_two, one_of_layers),
 )
 
 
