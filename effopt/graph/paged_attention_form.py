@@ -82,8 +82,9 @@ def _stand_alone(m: Match, keys: Gathered, values: Gathered) -> None:
     between = {*keys.between, *values.between}
     between |= {a for n in between for a in n.all_input_nodes if a.target is _aten.unbind.int}
     for node in between:
-        others = [u.name for u in node.users if u not in between and u is not m.root]
-        others = [n for n in others if not n.startswith("sym_size")]
+        # Of a symbolic size nothing is left where the mask goes.
+        readers = [u for u in node.users if u.target is not _aten.sym_size.int]
+        others = [u.name for u in readers if u not in between and u is not m.root]
         require(not others, f"what is gathered is also read by {', '.join(others)}, and so made anyway", node)
     for pages in (keys.pool.node, values.pool.node):
         writer = written_before(pages, m.root)

@@ -14,16 +14,22 @@ from torch.nn import functional as F
 
 from effopt import pipeline as pipelines
 from effopt.compile import record
+from effopt.graph.in_place import write_in_place
+from effopt.graph.values import MUTATED
 from effopt.passes.base import Example
 from effopt.plugins.manager import build_registry
 from effopt.testing import capture_example, run_passes
 from tests.passes.attention.test_recognize_paged_attention import (
+    HKV,
     LAYOUTS,
     LENGTHS,
     NAME,
+    PAGE,
     POOL,
     TABLE,
     VALUES,
+    B,
+    D,
     Function,
     Q,
     by_index,
@@ -139,3 +145,20 @@ def test_nothing_is_gathered_any_more() -> None:
     assert torch.ops.effopt.paged_attention.default in targets
     assert torch.ops.aten.index.Tensor not in targets
     assert torch.ops.aten.arange.default not in targets  # nor is there a mask
+
+
+def test_a_pool_that_a_step_writes_is_not_copied() -> None:
+    """The op reads the new pool, so that the row is written where it lies."""
+
+    def step(q: Tensor, new: Tensor, pool: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+        pool.index_put_((table[:, -1], lengths % PAGE), new)
+        return over(by_index)(q, pool, pool, table, lengths + 1)
+
+    new = torch.randn(B, HKV, D)
+    trial = capture_example(Example(step, (Q, new, POOL.clone(), TABLE, LENGTHS)))
+    run_passes(trial, pipelines.build(build_registry()))
+    graph = trial.module.graph
+    write_in_place(graph, graph.output_node().meta[MUTATED])
+    (written,) = graph.find_nodes(op="call_function", target=torch.ops.aten.index_put_.default)
+    assert written.args[0].op == "placeholder"
+    assert graph.find_nodes(op="call_function", target=torch.ops.effopt.paged_attention.default)
