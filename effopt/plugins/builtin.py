@@ -14,6 +14,7 @@ from effopt.backends.chunked_scan import LOWERINGS as CHUNKED_SCAN
 from effopt.backends.flex_attention import LOWERINGS as FLEX
 from effopt.backends.int8_products import LOWERINGS as INT8_PRODUCTS
 from effopt.backends.native import LOWERINGS as NATIVE
+from effopt.backends.paged_gathered import LOWERINGS as PAGED_GATHERED
 from effopt.backends.paged_requests import LOWERINGS as PAGED_REQUESTS
 from effopt.backends.quantized import LOWERINGS as QUANTIZED
 from effopt.backends.reference import reference_lowering
@@ -43,7 +44,7 @@ def effopt_lowerings() -> Sequence[Lowering]:
     """Triton kernels, library kernels, and the reference of every op."""
     from effopt.backends.triton import LOWERINGS as TRITON
 
-    attention = (*BLOCK_ATTENTION, *BLOCK_SPARSE, *PAGED_REQUESTS, *NATIVE, *ATTENTION_PARTS)
     attention = (*BLOCK_ATTENTION, *BLOCK_SPARSE, *NATIVE, *FLEX, *ATTENTION_PARTS)
-    native = (*attention, *QUANTIZED, *INT8_PRODUCTS, *CHUNKED_SCAN, *CHUNKED_LINEAR)
+    paged = (*PAGED_REQUESTS, *PAGED_GATHERED)
+    native = (*attention, *paged, *QUANTIZED, *INT8_PRODUCTS, *CHUNKED_SCAN, *CHUNKED_LINEAR)
     return (*TRITON, *native, *(reference_lowering(op) for op in OPS))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
 
+import effopt.backends
 from effopt.backends.base import Lowering
 from effopt.plugins.manager import build_registry
 from effopt.testing import check_lowering
@@ -22,6 +26,14 @@ def test_lowering(lowering: Lowering, device: str) -> None:
     if not done.compared:
         pytest.skip(f"does not run on {device}: {'; '.join(done.refused)}")
     assert done.compared > 0
+
+
+def test_every_lowering_is_registered() -> None:
+    """One that a file lists and the plugin forgets would never be chosen, and never be missed."""
+    registered = {id(low) for _, low in LOWERINGS}
+    for module in pkgutil.iter_modules(effopt.backends.__path__, "effopt.backends."):
+        listed = getattr(importlib.import_module(module.name), "LOWERINGS", ())
+        assert not [low.name for low in listed if id(low) not in registered], module.name
 
 
 @pytest.mark.parametrize("name", build_registry().ops)

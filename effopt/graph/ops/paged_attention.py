@@ -119,11 +119,25 @@ def check_call(*operands: Tensor) -> None:
         raise ValueError(f"paged_attention: {problem}")
 
 
-def _gathered(pages: Tensor, table: Tensor) -> Tensor:
-    """`[b, hkv, room, d]`. A page below 0 is none; compiled code would take one from the end."""
+def gathered(pages: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+    """`[b, hkv, room, d]`: what requests hold, in order, and 0 beyond a length. Other pages are not read."""
+    page = pages.shape[2]
+    starts = torch.arange(table.shape[1], device=pages.device) * page
+    table = torch.where(starts < lengths.unsqueeze(1), table, 0)
+    # A page below 0 is none; compiled code would take one from the end.
     table = torch.where(table < 0, pages.shape[0], table)
-    by_request = pages.index_select(0, table.flatten()).unflatten(0, table.shape)
-    return by_request.transpose(1, 2).flatten(2, 3)
+    by_request = (
+        pages.index_select(0, table.flatten()).unflatten(0, table.shape).transpose(1, 2).flatten(2, 3)
+    )
+    places = torch.arange(by_request.shape[2], device=pages.device)
+    held = (places < lengths.unsqueeze(1))[:, None, :, None]
+    return torch.where(held, by_request, 0.0)
+
+
+def rows_seen(lengths: Tensor, t: int, room: int) -> Tensor:
+    """`[b, 1, t, room]`: the keys that each of the last `t` rows sees."""
+    rows = lengths.unsqueeze(1) - t + torch.arange(t, device=lengths.device)
+    return (torch.arange(room, device=lengths.device) <= rows.unsqueeze(-1)).unsqueeze(1)
 
 
 def _fake(
@@ -175,13 +189,7 @@ def paged_attention(
         ValueError: the operands do not fit together.
     """
     check_call(query, key_pages, value_pages, page_table, lengths)
-    t, page, device = query.shape[2], key_pages.shape[2], query.device
-    starts = torch.arange(page_table.shape[1], device=device) * page
-    table = torch.where(starts < lengths.unsqueeze(1), page_table, 0)
-    places = torch.arange(page_table.shape[1] * page, device=device)
-    held = (places < lengths.unsqueeze(1))[:, None, :, None]
-    key, value = (torch.where(held, _gathered(x, table), 0.0) for x in (key_pages, value_pages))
-    rows = lengths.unsqueeze(1) - t + torch.arange(t, device=device)
-    seen = (places <= rows.unsqueeze(-1)).unsqueeze(1)
+    key, value = (gathered(x, page_table, lengths) for x in (key_pages, value_pages))
+    seen = rows_seen(lengths, query.shape[2], key.shape[2])
     settings: dict[str, Any] = {"scale": scale, "softcap": softcap, "zero_masked_rows": True}
     return attention.reference(query, key, value, mask=seen, **settings).contiguous()

@@ -6,6 +6,7 @@ from effopt.passes.attention.keep_sink_and_local_blocks import KeepSinkAndLocalB
 from effopt.passes.attention.prove_causal import ProveCausal
 from effopt.passes.attention.prove_rows_see_key import ProveRowsSeeKey
 from effopt.passes.attention.rebase_positions import RebasePositions
+from effopt.passes.attention.recognize_paged_attention import RecognizePagedAttention
 from effopt.passes.attention.recover_mask_structure import RecoverMaskStructure
 from effopt.passes.attention.reuse_blocks_between_steps import ReuseBlocksBetweenSteps
 from effopt.passes.attention.route_attention_by_region import RouteAttentionByRegion
@@ -18,6 +19,7 @@ from effopt.passes.base import Pass
 
 PASSES: tuple[type[Pass], ...] = (
     ProveCausal,
+    RecognizePagedAttention,
     SplitAttentionByAxis,
     RecoverMaskStructure,
     ProveRowsSeeKey,

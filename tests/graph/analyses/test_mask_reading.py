@@ -58,6 +58,16 @@ def grown(inner: st.SearchStrategy[Numbers]) -> st.SearchStrategy[Numbers]:
         inner.map(lambda x: lambda a, b: x(a, b).expand(T, S)[1:].repeat(2, 1)[:T]),
         inner.map(lambda x: lambda a, b: x(a, b).expand(T, S)[:, -3:][:, torch.arange(S) % 3]),
         inner.map(lambda x: lambda a, b: x(a, b).expand(T, S).reshape(1, T, 1, S).squeeze(2)[0]),
+        inner.map(lambda x: lambda a, b: x(a, b).expand(T, S).reshape(S, T).mT),
+        inner.map(
+            lambda x: (
+                lambda a, b: (
+                    x(a, b).expand(T, S).reshape(-1)[: 4 * S].reshape(2, S, 2)[0, :T].repeat(1, 4)[:, :S]
+                )
+            )
+        ),
+        inner.map(lambda x: lambda a, b: x(a, b).expand(T, S).repeat_interleave(2, 0)[3 : 3 + T]),
+        inner.map(lambda x: lambda a, b: x(a, b).expand(2, T, S).unbind(0)[1]),
     )
 
 

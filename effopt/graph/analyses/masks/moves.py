@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,15 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from effopt.graph.analyses.masks.sums import Sum, Symbol, highest, lowest, of, whole
+from effopt.graph.analyses.masks.sums import (
+    Sum,
+    Symbol,
+    divided,
+    highest,
+    lowest,
+    of,
+    whole,
+)
 from effopt.graph.values import shape_of, val
 
 _aten = torch.ops.aten
@@ -45,10 +54,21 @@ def aligned(operand: Any, frame: Sequence[Any], place: Place) -> Place | None:
 
 def source_of(node: Node, place: Place) -> tuple[Node, Place] | None:
     """The operand, and the place in it, that `node` reads for `place`; None if it is no such move."""
+    if node.target is operator.getitem:
+        return _unbound(node, place)
     move = _MOVES.get(node.target)
     found = None if move is None else move(node, place)
     source = arguments(node)[0] if arguments(node) else None
     return None if found is None or not isinstance(source, Node) else (source, found)
+
+
+def _unbound(node: Node, place: Place) -> tuple[Node, Place] | None:
+    several, index = node.args
+    if not isinstance(several, Node) or several.target is not _aten.unbind.int or type(index) is not int:
+        return None
+    source, dim = several.args[0], _argument(several, 1, "dim", 0)
+    at = int(dim) % (len(place) + 1)
+    return (source, (*place[:at], whole(index), *place[at:])) if isinstance(source, Node) else None
 
 
 def _argument(node: Node, position: int, name: str, default: Any) -> Any:
@@ -139,27 +159,51 @@ def _remainder(at: Sum, size: Any) -> Sum | None:
     return inner if statically_known_true(low >= 0) and statically_known_true(high < size) else None
 
 
+def _repeat_interleave(node: Node, place: Place) -> Place | None:
+    times, dim = _argument(node, 1, "repeats", None), _argument(node, 2, "dim", None)
+    if type(times) is not int or type(dim) is not int or times < 1:
+        return None
+    at = dim % len(place)
+    return (*place[:at], divided(place[at], times), *place[at + 1 :])
+
+
 def _reshape(node: Node, place: Place) -> Place | None:
-    """Dimensions of length 1 come and go; neighbours may be merged into one by the operand's side."""
+    """Dimensions of length 1 come and go; neighbours may be merged into one, and one divided."""
     before, after = shape_of(arguments(node)[0]), shape_of(node)
     rest = [(size, at) for size, at in zip(after, place, strict=True) if not statically_known_true(size == 1)]
+    sizes = [size for size in before if not statically_known_true(size == 1)]
     found: list[Sum] = []
-    for size in before:
-        if statically_known_true(size == 1):
-            found.append(whole(0))
-            continue
-        if not rest:
+    while sizes and rest:
+        group = _regrouped(sizes, rest)
+        if group is None:
             return None
-        length, at = rest.pop(0)
-        while not statically_known_true(length == size):
-            if not rest or not isinstance(rest[0][0], int) or not isinstance(size, int):
-                return None
+        found += group
+    if sizes or rest:
+        return None
+    return tuple(whole(0) if statically_known_true(size == 1) else found.pop(0) for size in before)
+
+
+def _regrouped(sizes: list[Any], rest: list[tuple[Any, Sum]]) -> list[Sum] | None:
+    """Indices into the fewest first `sizes` that as many elements as the first of `rest` have; takes both."""
+    own = [sizes.pop(0)]
+    total, (length, at) = own[0], rest.pop(0)
+    while not statically_known_true(total == length):
+        if sizes and statically_known_true(total < length):
+            own.append(sizes.pop(0))
+            total = total * own[-1]
+        elif rest and isinstance(rest[0][0], int) and statically_known_true(length < total):
             inner, inner_at = rest.pop(0)
             length, at = length * inner, at * inner + inner_at
-            if not isinstance(length, int) or length > size:
-                return None
-        found.append(at)
-    return tuple(found) if not rest else None
+        else:
+            return None
+    found: list[Sum] = []
+    for size in own[:0:-1]:
+        if not isinstance(size, int) or size < 1:
+            return None
+        outer = divided(at, size)
+        found.insert(0, at - outer * size)
+        at = outer
+    return [at, *found]
 
 
 def _squeeze(node: Node, place: Place) -> Place | None:
@@ -180,6 +224,7 @@ _MOVES: dict[Any, Callable[[Node, Place], Place | None]] = {
     _aten.transpose.int: _transpose,
     _aten.t.default: _transpose,
     _aten.repeat.default: _repeat,
+    _aten.repeat_interleave.self_int: _repeat_interleave,
     _aten.view.default: _reshape,
     _aten.reshape.default: _reshape,
     _aten._unsafe_view.default: _reshape,

@@ -126,6 +126,26 @@ def quotient(of_: Sum, by: int) -> Sum:
     return whole(of_.constant // by) if of_.number is not None else of(Quotient(of_, by))
 
 
+def divided(of_: Sum, by: int) -> Sum:
+    """`of_ // by`, rounded down, with no more in the quotient than it hangs on."""
+    times, rest = _multiples(of_, by)
+    for unit in sorted({by, *(abs(k) for _, k in rest.terms if by % k == 0)}, reverse=True):
+        above, below = _multiples(rest, unit)
+        low, high = lowest(below), highest(below)
+        if low is None or high is None or unit == 1:
+            continue
+        if statically_known_true(low >= 0) and statically_known_true(high < unit):
+            # Less than one unit decides nothing: (8 * i + j) // 32 is i // 4 where 0 <= j < 8.
+            return times + (quotient(above, by // unit) if unit < by else above)
+    return times + quotient(rest, by)
+
+
+def _multiples(s: Sum, by: int) -> tuple[Sum, Sum]:
+    """`(a, b)` with `s == by * a + b`."""
+    times = Sum(frozenset((a, k // by) for a, k in s.terms if k % by == 0), s.constant // by)
+    return times, s - times * by
+
+
 def magnitude(of_: Sum) -> Sum:
     """The absolute value; of a difference, the same for either order."""
     if of_.number is not None:
