@@ -64,6 +64,15 @@ def compile_graph(
     return compiled
 
 
+def takes_no_subgraphs(options: Mapping[str, Any]) -> str:
+    """Why Inductor with these options cannot call an outlined block; empty if it can."""
+    from torch._inductor import config
+
+    if options.get("cpp_wrapper", config.cpp_wrapper):
+        return "Inductor writes no calls of subgraphs with `cpp_wrapper`"
+    return ""
+
+
 def _vectors(options: Mapping[str, Any]) -> dict[str, Any]:
     """The setting that spares the test programs of vector instructions, unless the user has set it."""
     from torch._inductor import config
