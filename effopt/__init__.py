@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from effopt.plugins.expect import expect as expect
     from effopt.plugins.hookspec import hookimpl as hookimpl
     from effopt.plugins.report import Report as Report
+    from effopt.prepacking import PackedPrefill as PackedPrefill
     from effopt.prepacking import prepack as prepack
     from effopt.tuning.report import TuningReport as TuningReport
     from effopt.tuning.tune import tune as tune
@@ -97,7 +98,7 @@ _HOMES = {
     "effopt.plugins.expect": ("expect",),
     "effopt.plugins.hookspec": ("hookimpl",),
     "effopt.plugins.report": ("Report",),
-    "effopt.prepacking": ("prepack",),
+    "effopt.prepacking": ("PackedPrefill", "prepack"),
     "effopt.tuning.report": ("TuningReport",),
     "effopt.tuning.tune": ("tune",),
 }

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from effopt.backends import inductor, run_time
 from effopt.backends.lower import lower
 from effopt.backends.measured import Measurer
 from effopt.backends.outline import outline
+from effopt.backends.written_out import write_out
 from effopt.errors import CaptureRefused, PlanError
 from effopt.graph import release
 from effopt.graph.analyses.gradients import differentiable
@@ -204,9 +206,20 @@ class Compilation:
         return {**inductor.mode_options(self.options.mode), **self.options.inductor}
 
     def _finish(self, module: GraphModule, inputs: Sequence[Any], training: bool) -> Callable[..., Any]:
-        if self.options.outline and self.options.lowering != "eager":
-            with self._timed("outline"):
-                self.report.outlined = outline(module, inputs, training)
+        if not self.options.outline or self.options.lowering == "eager":
+            return self._hand_over(module, inputs)
+        with self._timed("outline"):
+            refused = inductor.takes_no_subgraphs(self._settings())
+            self.report.outlined = outline(module, inputs, training, refused)
+        if all(block.left for block in self.report.outlined):
+            return self._hand_over(module, inputs)
+        try:
+            return self._hand_over(module, inputs)
+        except Exception as error:  # noqa: BLE001 - what is at fault elsewhere fails again without blocks
+            first = str(error).strip().partition("\n")[0]
+            why = f"Inductor failed on its calls: {type(error).__name__}: {first}"
+        write_out(module)
+        self.report.outlined = [b if b.left else replace(b, left=why) for b in self.report.outlined]
         return self._hand_over(module, inputs)
 
     def _hand_over(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -112,6 +112,13 @@ def effopt(
         OptionError: an unknown or invalid option or pass.
         PipelineError: passes that cannot be ordered.
     """
+    with _one_at_a_time():
+        return _compile(module, inputs, options, mode)
+
+
+def _compile(
+    module: GraphModule, inputs: Sequence[Any], options: Mapping[str, Any] | None, mode: str | None
+) -> Callable[..., Any]:
     parsed = Options.parse(options, mode)
     registry = build_registry(parsed.plugins)
     pipeline, plans = _pipeline(parsed, registry)
@@ -136,6 +143,19 @@ def effopt(
     if parsed.report:
         _files[parsed.report].write(parsed.report)
     return compiled
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Compile one graph at a time, as Dynamo does, which holds the same lock around a backend that it calls.
+
+    What a compilation sets is of the process in part: the collector's threshold, a flag of the operator for
+    subgraphs, calls that are set aside while a graph is captured.
+    """
+    from torch._dynamo.convert_frame import compile_lock
+
+    with compile_lock:
+        yield
 
 
 @contextmanager

@@ -3,6 +3,11 @@
     packed = effopt.prepack(model, input_ids, attention_mask)
     logits = packed.unpack(compiled(**packed.inputs).logits)
 
+    prefill = torch.compile(effopt.PackedPrefill(model), backend="effopt")
+    cache = packed.unpack_cache(prefill(**packed.inputs_of_prefill).past_key_values)
+    cache.crop(-1)  # of a batch padded on the left: `generate` computes the last tokens
+    tokens = model.generate(input_ids, attention_mask=attention_mask, past_key_values=cache)
+
 Which prompts share a row depends on their lengths, which are values: this happens before the graph, not in
 it. In the graph, positions that start again are the documents of `recover-mask-structure`.
 
@@ -53,7 +58,7 @@ class Packed:
         """Arguments of a call that fills a cache, with a mask `[rows, 1, length, length]`.
 
         Beside a cache `transformers` does not look at the positions. The mask is an input of the graph, so
-        nothing is skipped by it.
+        nothing is skipped by it: compile `PackedPrefill(model)` for that.
 
         Args:
             dtype: of the model, for a mask that is added.
@@ -63,21 +68,18 @@ class Packed:
         """
         from transformers import DynamicCache
 
-        kind = self.config._attn_implementation
-        if kind not in ("eager", "sdpa"):
-            raise EffoptError(f"attention {kind!r} takes no mask of 4 dimensions; use 'sdpa' or 'eager'")
-        if "sliding_attention" in _layer_types(self.config):
-            raise EffoptError(
-                "layers with a window and a cache: one mask of 4 dimensions would open the window"
-            )
-        seen = (self.documents.unsqueeze(-1) == self.documents.unsqueeze(-2)).tril().unsqueeze(1)
-        lowest = torch.finfo(dtype).min
-        mask = (
-            seen if kind == "sdpa" else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen.cpu(), lowest)
-        )
-        cache = DynamicCache(config=self.config)
-        given = {"attention_mask": mask.to(seen.device), "past_key_values": cache, "use_cache": True}
-        return {**self.inputs, **given}
+        _refuse_mask(self.config)
+        mask, cache = _mask_of(self.documents, self.config, dtype), DynamicCache(config=self.config)
+        return {**self.inputs, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+
+    @property
+    def inputs_of_prefill(self) -> dict[str, Tensor]:
+        """Arguments of a `PackedPrefill`."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "documents": self.documents,
+        }
 
     def unpack(self, packed: Tensor) -> Tensor:
         """`[rows, length, ...]`, one entry for each token, as `[b, t, ...]`: 0 at padding."""
@@ -100,6 +102,51 @@ class Packed:
             )
             made.update(keys.contiguous(), values.contiguous(), index)
         return made
+
+
+class PackedPrefill(nn.Module):
+    """A model that fills a cache from packed rows. Compiled, its graph knows where each prompt ends."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Of the model that was given to `prepack`, compiled or not. Its weights are shared.
+
+        Raises:
+            EffoptError: the attention takes no mask of 4 dimensions, or a layer sees a window.
+        """
+        super().__init__()
+        self.model: Any = getattr(model, "_orig_mod", model)
+        self.config = self.model.config.get_text_config()
+        _refuse_mask(self.config)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, documents: Tensor) -> Any:
+        """The model's output, of `Packed.inputs_of_prefill`; its `past_key_values` are of the rows."""
+        from transformers import DynamicCache
+
+        return self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=_mask_of(documents, self.config, next(self.model.parameters()).dtype),
+            past_key_values=DynamicCache(config=self.config),
+            use_cache=True,
+        )
+
+
+def _refuse_mask(config: Any) -> None:
+    kind = config._attn_implementation
+    if kind not in ("eager", "sdpa"):
+        raise EffoptError(f"attention {kind!r} takes no mask of 4 dimensions; use 'sdpa' or 'eager'")
+    if "sliding_attention" in _layer_types(config):
+        raise EffoptError("layers with a window and a cache: one mask of 4 dimensions would open the window")
+
+
+def _mask_of(documents: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
+    """Which keys a query sees, `[rows, 1, length, length]`: bool, or added where the attention is eager."""
+    at = torch.arange(documents.shape[1], device=documents.device)
+    seen = (documents[:, None, :, None] == documents[:, None, None, :]) & (at <= at[:, None])
+    if config._attn_implementation == "sdpa":
+        return seen
+    nothing = torch.zeros((), dtype=dtype, device=documents.device)
+    return torch.where(seen, nothing, torch.full_like(nothing, torch.finfo(dtype).min))
 
 
 @torch.no_grad()

@@ -68,6 +68,36 @@ def test_training_steps_follow_eager() -> None:
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
+class Counting(nn.Module):
+    """Written buffers: statistics that autograd saves, and a count, old and new, that gradients depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("count", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = self.count * 3
+        self.count.add_(1)
+        return self.norm(x) * self.count * before
+
+
+def test_buffers_that_a_step_writes_train_under_inductor() -> None:
+    """Torch 2.13 computes `count + 1` again in the backward pass, from the count that was written."""
+    net = Counting()
+    same = copy.deepcopy(net)
+    compiled = torch.compile(net, backend=effopt)
+    for _ in range(2):
+        x = torch.randn(6, 8)
+        got, wanted = (
+            torch.autograd.grad((run(x) * x).sum(), list(module.parameters()))
+            for module, run in ((net, compiled), (same, same))
+        )
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+    for one, two in zip(net.state_dict().values(), same.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
 def test_refused_graph_says_why_and_runs() -> None:
     with record() as report:
         compiled = torch.compile(torch.func.vmap(lambda r: r.sin().sum()), backend=effopt, options=EAGER)

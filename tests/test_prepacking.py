@@ -17,6 +17,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 32}
 LENGTHS = (5, 20, 3, 9, 7, 12, 1, 20)
 T = 24
+MATMULS = (torch.ops.aten.mm, torch.ops.aten.addmm)
 
 
 def build(kind: str, attn: str = "sdpa", **config: Any) -> Any:
@@ -122,8 +123,47 @@ def test_the_graph_knows_the_documents(kind: str, attn: str) -> None:
     assert notes == ["keys from the first .. 0 of the query, documents"] * 2
 
 
+CACHED = [("llama", "sdpa"), ("llama", "eager"), ("gpt2", "sdpa")]
+
+
+@pytest.mark.parametrize(("kind", "attn"), CACHED)
+def test_generate_goes_on_from_a_packed_prefill(kind: str, attn: str) -> None:
+    """Its own prefill is one token a prompt; in the packed one the graph knows the documents."""
+    wide = {"initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None}
+    model, (ids, mask) = build(kind, attn, **wide), batch("left")
+    packed = effopt.prepack(model, ids, mask)
+    run = torch.compile(effopt.PackedPrefill(model), backend="effopt", options={"lowering": "eager"})
+    with torch.no_grad(), effopt.record() as report:
+        cache = packed.unpack_cache(run(**packed.inputs_of_prefill).past_key_values)
+    notes = [a.note for a in report.applied if a.pass_name == "recover-mask-structure"]
+    assert notes == ["keys from the first .. 0 of the query, documents"] * 2
+    assert cache.get_seq_length() == T
+    cache.crop(-1)
+    given = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    wanted = model.generate(ids, **given)
+    with FlopCounterMode(display=False) as counter:
+        assert torch.equal(model.generate(ids, **given, past_key_values=cache), wanted)
+    assert len(wanted[:, T:].unique()) > 6
+    # Six calls of one token a prompt each: what was packed is not computed again.
+    one = {"input_ids": ids[:, :1], "use_cache": False}
+    with torch.no_grad(), FlopCounterMode(display=False) as single:
+        model(**one)
+    products = [
+        {str(op): n for op, n in c.get_flop_counts()["Global"].items() if op in MATMULS}
+        for c in (counter, single)
+    ]
+    assert products[0]
+    assert products[0] == {op: 6 * n for op, n in products[1].items()}
+
+
+def test_a_packed_prefill_is_refused_as_its_mask_is() -> None:
+    with pytest.raises(EffoptError, match="would open the window"):
+        effopt.PackedPrefill(build("mistral", sliding_window=4))
+
+
 @pytest.mark.slow
-def test_blocks_are_skipped() -> None:
+@pytest.mark.parametrize("cached", [False, True])
+def test_blocks_are_skipped(cached: bool) -> None:
     """Rows long enough that the predicted cost of a kernel that skips is the least."""
     model = build("llama", max_position_embeddings=2048)
     lengths = torch.tensor([2048, 700, 500, 400, 300])
@@ -133,7 +173,10 @@ def test_blocks_are_skipped() -> None:
     assert packed.input_ids.shape == (2, 2048)
     torch._dynamo.reset()
     with torch.no_grad(), effopt.record() as report:
-        out = torch.compile(model, backend="effopt")(**packed.inputs).logits
+        run, inputs = (
+            (effopt.PackedPrefill(model), packed.inputs_of_prefill) if cached else (model, packed.inputs)
+        )
+        out = torch.compile(run, backend="effopt")(**inputs).logits
         wanted = padded(model, ids, mask, use_cache=False).logits
     torch.testing.assert_close(packed.unpack(out), wanted * mask[..., None], rtol=1e-4, atol=1e-5)
     kernels = [r.kernel for g in report.graphs for r in g.lowerings if r.op == "attention"]

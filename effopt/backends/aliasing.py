@@ -29,21 +29,22 @@ class SettleAliases(CustomGraphPass):
     """Replaces each aliasing result of every `invoke_subgraph` call, before Inductor lowers the graph."""
 
     def __call__(self, graph: Graph) -> None:
-        seen: set[int] = set()
+        added: dict[GraphModule, list[Node]] = {}
         for call in graph.find_nodes(op="call_function", target=_invoke):
             body = getattr(graph.owning_module, str(call.args[0].target))
             if isinstance(body, GraphModule):
-                if id(body) not in seen:
-                    seen.add(id(body))
-                    _return_bases(body)
+                if body not in added:
+                    added[body] = _return_bases(body)
+                if added[body]:
+                    _widen(call, added[body])
                 _settle(graph, call, body)
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,))
 
 
-def _return_bases(body: GraphModule) -> None:
-    """Add to the results each value that results view and none is: then it can be read outside.
+def _return_bases(body: GraphModule) -> list[Node]:
+    """Add to the results each value that results view and none is: then it can be read outside. Gives those.
 
     A single view of the whole value may stay: it takes the value's place. A part of one may not, since
     Inductor would reuse memory of the part's extent, in which the rest of the value lies.
@@ -61,6 +62,19 @@ def _return_bases(body: GraphModule) -> None:
     if hidden:
         output.args = ((*results, *hidden),)
         body.recompile()
+    return hidden
+
+
+def _widen(call: Node, added: list[Node]) -> None:
+    """Say of a call that its body has more results.
+
+    Fake results of subgraphs are cached by the body and the identifier, and Inductor may run a call anew on
+    fake values: under the old identifier it would have the fewer results of before (torch 2.13).
+    """
+    body, identifier, *operands = call.args
+    call.args = (body, f"{identifier}_with_bases", *operands)
+    fresh = (val(base).new_empty_strided(val(base).size(), val(base).stride()) for base in added)
+    call.meta["val"] = (*val(call), *fresh)
 
 
 def _is_whole(view: Node, base: Node) -> bool:
@@ -83,7 +97,7 @@ def _settle(graph: Graph, call: Node, body: GraphModule) -> None:
             if index not in items:
                 with graph.inserting_after(last):
                     items[index] = last = graph.call_function(operator.getitem, (call, index))
-                last.meta["val"] = val(result)
+                last.meta["val"] = val(call)[index]
             outside[result] = items.pop(index)
     for index, item in items.items():
         result = results[index]

@@ -64,6 +64,15 @@ def compile_graph(
     return compiled
 
 
+def takes_no_subgraphs(options: Mapping[str, Any]) -> str:
+    """Why Inductor with these options cannot call an outlined block; empty if it can."""
+    from torch._inductor import config
+
+    if options.get("cpp_wrapper", config.cpp_wrapper):
+        return "Inductor writes no calls of subgraphs with `cpp_wrapper`"
+    return ""
+
+
 def _vectors(options: Mapping[str, Any]) -> dict[str, Any]:
     """The setting that spares the test programs of vector instructions, unless the user has set it."""
     from torch._inductor import config
@@ -130,7 +139,8 @@ def _known_to_write_nothing(module: GraphModule) -> Iterator[None]:
     """Say of outlined blocks that they write none of their operands, which is so by construction.
 
     In training, torch 2.13 finds that out by tracing the block again at every call: 1.2 s of 13 s of
-    processor time for Llama with 12 layers. Graphs with subgraphs of another origin are left to it.
+    processor time for Llama with 12 layers. Graphs with subgraphs of another origin are left to it. The flag
+    is of the process, and compilations come one at a time (effopt/compile.py).
     """
     calls = module.graph.find_nodes(op="call_function", target=_invoke)
     ours = all(str(call.args[1]).startswith(OUTLINED) for call in calls)

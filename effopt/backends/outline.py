@@ -43,7 +43,7 @@ class Outlined:
     """Why its copies stay where they are, each compiled for itself; empty if they were outlined."""
 
 
-def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[Outlined]:
+def outline(module: GraphModule, inputs: Sequence[Any], training: bool, refused: str = "") -> list[Outlined]:
     """Outline every repeated block of a lowered graph, in place; say which were left, and why.
 
     Args:
@@ -51,6 +51,7 @@ def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[
         inputs: its real inputs; which of them require gradients matters.
         training: whether a backward pass follows. Copies of a block must then also agree in which
             of their values carry a gradient, since they share one backward graph.
+        refused: why the backend takes no subgraphs, if it does not: every block is left, for that.
     """
     graph = module.graph
     _settle_symbols(graph)
@@ -65,7 +66,7 @@ def outline(module: GraphModule, inputs: Sequence[Any], training: bool) -> list[
     barriers |= {n for n in carrying - reached_by_loss(graph, carrying) if n.users}
     done: list[Outlined] = []
     for run in blocks(graph, frozenset(barriers), carrying).runs:
-        made = _outline_run(module, run, f"block_{len(done)}", carrying)
+        made = _outline_run(module, run, f"block_{len(done)}", carrying, refused)
         if made is not None:
             done.append(made)
     for node in graph.find_nodes(op="call_function", target=operator.getitem):
@@ -162,11 +163,15 @@ def _complete_results(graph: Graph) -> None:
             last = taken[index]
 
 
-def _outline_run(module: GraphModule, run: Run, name: str, carrying: frozenset[Node]) -> Outlined | None:
+def _outline_run(
+    module: GraphModule, run: Run, name: str, carrying: frozenset[Node], refused: str
+) -> Outlined | None:
     """Replace the copies of one block by calls of one subgraph."""
     returned = _returned(run)
     if not returned:
         return None
+    if refused:
+        return Outlined(name, len(run.instances), len(run.instances[0]), refused)
     taken = operand_groups(run)
     if not taken:
         # Ids that are counted out, say. Inductor takes a subgraph's device from its operands (torch 2.13).

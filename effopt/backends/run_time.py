@@ -47,9 +47,9 @@ def between_steps(choose: Compiled, reuse: Compiled, kept: KeptBlocks) -> Compil
 
     def call(*inputs: Any) -> Any:
         steps = kept.steps_of(inputs)
-        if kept.may_reuse(steps, inputs):
-            steps.done += 1
-            return reuse(*inputs, *steps.blocks)
+        blocks = kept.blocks_for(steps, inputs)
+        if blocks is not None:
+            return reuse(*inputs, *blocks)
         steps.forget()
         results = choose(*inputs)
         kept.take(steps, inputs, results[-kept.count :])

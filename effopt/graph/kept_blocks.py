@@ -8,6 +8,7 @@ parameters, for code that Dynamo compiled for one module serves others of its cl
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from effopt.errors import EffoptError
 from effopt.graph.capture import copy_graph, keep_identity
 from effopt.graph.values import val
 
@@ -44,10 +46,13 @@ class StepState:
     done: int = 0
     """Calls since, the one that chose included."""
     blocks: tuple[Tensor, ...] = ()
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of what stands here: several threads may call one model."""
 
     def forget(self) -> None:
         """Have the next call choose."""
-        self.chosen_by, self.blocks = None, ()
+        with self.lock:
+            self.chosen_by, self.blocks = None, ()
 
 
 _STATES: weakref.WeakValueDictionary[int, StepState] = weakref.WeakValueDictionary()
@@ -58,12 +63,21 @@ def forget_blocks(model: nn.Module) -> None:
     """Have the next call of a model choose its blocks of keys, as before another prompt or another image.
 
     Args:
-        model: the one that was compiled, or a module around it; a part of it may hold none of what is kept.
-            Without `reuse-blocks-between-steps` nothing is kept, and nothing happens.
+        model: the one that was compiled, a module around it, or a part of it: every graph that reads one of
+            its parameters chooses anew. Without `reuse-blocks-between-steps` nothing is kept, and nothing
+            happens.
+
+    Raises:
+        EffoptError: it has no parameter, by which a model is told from others.
     """
-    for parameter in model.parameters():
-        steps = _STATES.get(id(parameter))
-        if steps is not None and steps.first() is parameter:
+    identities = {id(parameter) for parameter in model.parameters()}
+    if not identities:
+        raise EffoptError(
+            f"{type(model).__name__} has no parameter, by which kept blocks are found: pass the model that"
+            " was compiled"
+        )
+    for steps in list(_STATES.values()):
+        if any(id(was()) in identities for was in steps.parameters):
             steps.forget()
 
 
@@ -114,21 +128,26 @@ class KeptBlocks:
             self.held.append(steps)
         return steps
 
-    def may_reuse(self, steps: StepState, inputs: Sequence[Any]) -> bool:
-        """Whether a call with these inputs reads the blocks that are there."""
-        return (
-            steps.chosen_by is self
-            and steps.done < self.every
-            and steps.sizes == self._sizes(inputs)
-            and all(was() is inputs[i] for was, i in zip(steps.parameters, self.parameters, strict=True))
-        )
+    def blocks_for(self, steps: StepState, inputs: Sequence[Any]) -> tuple[Tensor, ...] | None:
+        """The blocks that a call with these inputs reads, and counts as one; None if it is to choose."""
+        with steps.lock:
+            may_reuse = (
+                steps.chosen_by is self
+                and steps.done < self.every
+                and steps.sizes == self._sizes(inputs)
+                and all(was() is inputs[i] for was, i in zip(steps.parameters, self.parameters, strict=True))
+            )
+            steps.done += may_reuse
+            return steps.blocks if may_reuse else None
 
     def take(self, steps: StepState, inputs: Sequence[Any], blocks: Sequence[Tensor]) -> None:
         """Remember what a call chose."""
         # Copies: the memory of what compiled code returns may be its own, as under CUDA graphs.
-        steps.blocks = tuple(each.clone() for each in blocks)
-        steps.parameters = tuple(weakref.ref(inputs[i]) for i in self.parameters)
-        steps.chosen_by, steps.sizes, steps.done = self, self._sizes(inputs), 1
+        kept = tuple(each.clone() for each in blocks)
+        with steps.lock:
+            steps.blocks = kept
+            steps.parameters = tuple(weakref.ref(inputs[i]) for i in self.parameters)
+            steps.chosen_by, steps.sizes, steps.done = self, self._sizes(inputs), 1
 
     def _sizes(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         shapes = (tuple(inputs[i].shape) for i in self.tensors)

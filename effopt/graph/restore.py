@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from effopt.errors import InvalidGraphError
 from effopt.graph import in_place, normalize
@@ -14,6 +15,8 @@ from effopt.graph.capture import Captured, OutputForm, output_forms
 from effopt.graph.values import val
 
 _aten = torch.ops.aten
+_UPDATES_ONLY = {_aten._native_batch_norm_legit_functional.default}
+"""Training reads what is written for its new value alone: other results may be computed again."""
 
 
 def restore(captured: Captured, runs_eagerly: bool = False) -> GraphModule:
@@ -25,7 +28,7 @@ def restore(captured: Captured, runs_eagerly: bool = False) -> GraphModule:
     Args:
         captured: its module is edited and returned.
         runs_eagerly: do what Inductor does itself: make a new value in place where nothing reads the
-            old one later and, in training, keep what the backward pass reads from being overwritten.
+            old one later.
 
     Raises:
         InvalidGraphError: a pass left an output that no longer reads the input that it was a view of.
@@ -39,12 +42,11 @@ def restore(captured: Captured, runs_eagerly: bool = False) -> GraphModule:
     _keep_order(graph, values[count:], captured.outputs)
     values = list(output.args[0])
     _clone_old_reads(graph, output, captured, values)
-    if runs_eagerly:
-        if captured.training:
-            _keep_old_values(graph, captured.mutated)
-        else:
-            in_place.write_in_place(graph, captured.mutated)
-        values = list(output.args[0])
+    if captured.training:
+        _keep_old_values(graph, captured.mutated)
+    elif runs_eagerly:
+        in_place.write_in_place(graph, captured.mutated)
+    values = list(output.args[0])
     output.args = (tuple(_write_back(graph, output, captured, values)),)
     _tolerate_strides(module)
     module.graph.lint()
@@ -124,9 +126,14 @@ def _clone_old_reads(graph: Graph, output: Node, captured: Captured, values: lis
 
 
 def _keep_old_values(graph: Graph, mutated: Sequence[int]) -> None:
-    """Read written inputs through a copy: autograd refuses saved tensors that were overwritten."""
+    """Read written inputs through a copy, and have what is computed from them saved for the backward pass.
+
+    Autograd refuses a saved tensor that was overwritten. AOTAutograd computes again from one, unless told
+    not to: torch 2.13 gives `y * buffer.add_(1)` the gradient of `buffer + 2`, without effopt too.
+    """
     placeholders = list(graph.find_nodes(op="placeholder"))
     (output,) = graph.find_nodes(op="output")
+    pending = []
     for position in mutated:
         old = placeholders[position]
         users = [user for user in old.users if user is not output]
@@ -137,6 +144,13 @@ def _keep_old_values(graph: Graph, mutated: Sequence[int]) -> None:
         copied.meta.update({k: v for k, v in old.meta.items() if k in ("val",)})
         for user in users:
             user.replace_input_with(old, copied)
+        pending.append(copied)
+    while pending:
+        for user in pending.pop().users:
+            if normalize.is_view(user):
+                pending.append(user)
+            elif user.op == "call_function" and user.target not in _UPDATES_ONLY:
+                user.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def _write_back(graph: Graph, output: Node, captured: Captured, values: Sequence[Any]) -> list[Any]:

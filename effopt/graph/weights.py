@@ -7,6 +7,7 @@ them, and they are computed again, in place, when a parameter was written or rep
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,9 @@ from torch.fx import GraphModule, Node
 
 from effopt.graph.derivation import Derivation, Derive, Part, State, is_in_state, shared
 from effopt.graph.values import fake_call
+
+_UPDATING = threading.RLock()
+"""Held while constants are computed: graphs that other threads run may hold the same ones."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,8 @@ class DerivedWeights:
     """Positions of the parameters that the compiled graph reads as they are."""
     _positions: dict[Node, int] = field(default_factory=dict)
     """Placeholders of the graph that was asked about last."""
-    _watched: list[tuple[int, State]] = field(default_factory=list)
-    """Inputs that `_last` was made from, as they were."""
-    _last: tuple[Tensor, ...] = ()
+    _last: tuple[tuple[tuple[int, State], ...], tuple[Tensor, ...]] = ((), ())
+    """Inputs as they were, and the constants made of them: one value, for threads may share a graph."""
     _used: set[Derivation] = field(default_factory=set)
     """Keeps the constants of every module that the graph was called for."""
 
@@ -166,8 +169,13 @@ class DerivedWeights:
         """The constants for a call with these inputs, up to date. Raises ReleasedWeightError."""
         if not self.entries:
             return ()
-        if self._last and all(is_in_state(inputs[position], was) for position, was in self._watched):
-            return self._last
+        watched, last = self._last
+        if last and all(is_in_state(inputs[position], was) for position, was in watched):
+            return last
+        with _UPDATING:
+            return self._updated(inputs)
+
+    def _updated(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         now: dict[Derivation, Derivation] = {}
         read: dict[Derivation, list[Entry]] = {}
         for entry in self.entries:
@@ -177,13 +185,13 @@ class DerivedWeights:
             now[derivation] = derivation.of(parameters)
             now[derivation].hold([e.index for e in entries], parameters)
         self._used = {d for d in self._used if not d.is_orphan} | set(now.values())
-        self._last = tuple(now[e.derivation].held[e.index] for e in self.entries)
+        made = tuple(now[e.derivation].held[e.index] for e in self.entries)
         states = {i: s for e in self.entries for i, s in zip(e.inputs, now[e.derivation].states, strict=True)}
-        self._watched = list(states.items())
+        self._last = (tuple(states.items()), made)
         self.entries = [
             replace(e, derivation=now[e.derivation]) if e.derivation.is_orphan else e for e in self.entries
         ]
-        return self._last
+        return made
 
     def forget_inputs(self) -> None:
         """After compiling: keep no parameter alive that the model has replaced."""

@@ -51,6 +51,8 @@ class PassCheck:
     """Look-alikes that were tried."""
     mutants_rewritten: int = 0
     """Those among them that the pass rewrote, and rightly."""
+    unmutated: list[str] = field(default_factory=list)
+    """Samples of which no look-alike was tried, and why."""
     skipped: list[str] = field(default_factory=list)
     """Variants that the sample itself cannot run in, and why."""
     problems: list[str] = field(default_factory=list)
@@ -64,7 +66,8 @@ def check_pass(pass_: Pass | type[Pass], *, mutate: bool = True) -> PassCheck:
     untouched and gives the reason that the refusal names. A second run changes nothing, graphs stay
     valid, its text form reads back, its options are documented and its source is cited. Each sample's
     look-alikes (a dimension, a permutation, a constant or an operand order changed) are refused or
-    rewritten rightly, with checked rewrites switched off.
+    rewritten rightly, with checked rewrites switched off. There is one at least, if any call of a sample has
+    an argument to change.
 
     Args:
         pass_: an instance, or a class with default options.
@@ -87,6 +90,8 @@ def check_pass(pass_: Pass | type[Pass], *, mutate: bool = True) -> PassCheck:
             done.problems.append(f"sample {index}: no variant of it was captured: {done.skipped[-1]}")
         elif mutate and instance.exact and isinstance(instance, Rewrite):
             _check_mutants(instance, prepared, f"sample {index}", done)
+    if not done.mutants and any("none of" in words for words in done.unmutated):
+        done.problems.append(f"no look-alike of its samples runs: {done.unmutated}")
     for index, refusal in enumerate(instance.refusals()):
         done.refusals += 1
         done.problems.extend(_refusal_problems(instance, earlier, refusal, f"refusal {index}"))
@@ -201,7 +206,9 @@ def _refusal_problems(pass_: Pass, earlier: Sequence[Pass], refusal: Example, wh
 
 
 def _check_mutants(pass_: Pass, trial: Trial, where: str, done: PassCheck) -> None:
-    for words, mutant in mutants(trial):
+    before: int = done.mutants
+    refused: list[str] = []
+    for words, mutant in mutants(trial, refused):
         done.mutants += 1
         original = mutant.copy()
         if not run_passes(mutant, [pass_]).applied or not is_repeatable(original):
@@ -211,3 +218,10 @@ def _check_mutants(pass_: Pass, trial: Trial, where: str, done: PassCheck) -> No
         problem = disagreement(original, mutant) or disagreement(original, mutant, scale=1e-3)
         if problem:
             done.problems.append(f"{where}, look-alike with {words}: rewritten wrongly: {problem}")
+    if done.mutants == before:
+        why = (
+            f"none of {len(refused)} changes runs: {refused[0]}"
+            if refused
+            else "no call has an argument to change"
+        )
+        done.unmutated.append(f"{where}: {why}")

@@ -20,8 +20,13 @@ from effopt.testing.trial import Trial, without_torch_messages
 _DIM = frozenset({"dim", "dim0", "dim1", "dims", "axis"})
 
 
-def mutants(trial: Trial) -> Iterator[tuple[str, Trial]]:
-    """(what was changed, the changed trial) for each change after which the graph still runs."""
+def mutants(trial: Trial, refused: list[str] | None = None) -> Iterator[tuple[str, Trial]]:
+    """(what was changed, the changed trial) for each change after which the graph still runs.
+
+    Args:
+        trial: left as it is.
+        refused: gets the other changes, each with what they broke.
+    """
     count = len(list(trial.module.graph.nodes))
     for position in range(count):
         original = _at(trial.module, position)
@@ -31,8 +36,11 @@ def mutants(trial: Trial) -> Iterator[tuple[str, Trial]]:
             # The changed arguments refer to nodes of the original graph.
             there = dict(zip(trial.module.graph.nodes, made.module.graph.nodes, strict=True))
             node.args = map_arg(arguments, there.__getitem__)
-            if _refresh(made.module):
-                yield f"{original.name} ({original.target}): {words}", made
+            change, broken = f"{original.name} ({original.target}): {words}", _refresh(made.module)
+            if not broken:
+                yield change, made
+            elif refused is not None:
+                refused.append(f"{change}: {broken}")
 
 
 def _at(module: GraphModule, position: int) -> Node:
@@ -72,17 +80,20 @@ def _changed(value: Any, name: str, node: Node) -> Iterator[Any]:
         yield not value
     elif type(value) is int:
         yield value + 1
+    elif name == "equation" and "->" in value and len(value.partition("->")[2]) > 1:
+        yield f"{value[:-2]}{value[-1]}{value[-2]}"
 
 
-def _refresh(module: GraphModule) -> bool:
-    """Evaluate fake values again; False if some call no longer accepts its operands."""
+def _refresh(module: GraphModule) -> str:
+    """Evaluate fake values again; which call no longer accepts its operands, if one does not."""
     for node in module.graph.nodes:
         if node.op != "call_function":
             continue
         try:
             with without_torch_messages():
-                node.meta["val"] = fake_call(node.target, node.args, node.kwargs)
-        except Exception:  # noqa: BLE001 - the change is not possible: no mutant
-            return False
+                # `arange` has no operand to take the fake mode from.
+                node.meta["val"] = fake_call(node.target, node.args, node.kwargs, node)
+        except Exception as error:  # noqa: BLE001 - the change is not possible: no mutant
+            return f"{node.target}: {str(error).strip().partition(chr(10))[0]}"
     module.recompile()
-    return True
+    return ""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from effopt.backends import inductor
 from effopt.backends.outline import outline
 from effopt.compile import record
 from effopt.graph.normalize import view_base
@@ -221,6 +222,93 @@ def test_a_last_layer_with_an_unread_result_is_outlined_in_training_too() -> Non
     wanted = torch.autograd.grad((model(x) * x).sum(), list(model.parameters()))
     for g, w in zip(got, wanted, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
+
+
+class Split(nn.Module):
+    """Keeps parts of a product for the backward pass, and ends with a no-op that Inductor removes."""
+
+    def __init__(self, depth: int, width: int = 8) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(width, eps=1e-6) for _ in range(depth + 1))
+        self.into = nn.ModuleList(nn.Linear(width, 3 * width, bias=False) for _ in range(depth))
+        self.out = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, into, out in zip(self.norms, self.into, self.out, strict=False):
+            q, k, v = into(norm(x)).chunk(3, dim=-1)
+            x = x + out(torch.tanh(out(q) + k @ v.transpose(1, 2) @ out(v)))
+        return self.norms[-1](x)
+
+
+def test_a_call_run_anew_has_the_results_that_were_added() -> None:
+    """Fake results of a subgraph are cached: Inductor found no 28th result of Mamba's layers (torch 2.13)."""
+    torch.manual_seed(0)
+    model, x = Split(2), torch.randn(2, 5, 8)
+    with record() as report:
+        result = torch.compile(model, backend="effopt")(x)
+    assert outlined_counts(report) == [2]
+    got = torch.autograd.grad((result * x).sum(), list(model.parameters()))
+    wanted = torch.autograd.grad((model(x) * x).sum(), list(model.parameters()))
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_blocks_on_which_inductor_fails_are_written_out(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a release of torch cannot compile as a subgraph compiles as it was, and the report says so."""
+    torch.manual_seed(0)
+    model, x = Stack(3, keep=keep), torch.randn(5, 7, 32)
+    seen = []
+
+    def compile_graph(module: torch.fx.GraphModule, inputs: Any, *_: Any) -> Any:
+        calls = module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
+        seen.append(len(calls))
+        if calls:
+            raise NotImplementedError("no calls here\nat all")
+        return module.forward
+
+    monkeypatch.setattr(inductor, "compile_graph", compile_graph)
+    with record() as report:
+        results = torch.compile(model, backend="effopt")(x)
+    assert seen[0] >= 2
+    assert seen[1:] == [0]
+    assert outlined_counts(report) == []
+    (block,) = report.graphs[0].outlined
+    assert block.left == "Inductor failed on its calls: NotImplementedError: no calls here"
+    assert block.left in " ".join(str(report).split())
+    torch.testing.assert_close(results, model(x), rtol=1e-5, atol=1e-5)
+    got, wanted = (
+        torch.autograd.grad((r[0] if keep else r).square().sum(), list(model.parameters()))
+        for r in (results, model(x))
+    )
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
+
+
+def test_a_fault_of_another_origin_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_graph(*_: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(inductor, "compile_graph", compile_graph)
+    with torch.no_grad(), pytest.raises(Exception, match="no compiler"):
+        torch.compile(Stack(3), backend="effopt")(torch.randn(5, 7, 32))
+
+
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_no_block_is_outlined_where_inductor_writes_cpp(
+    compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = Stack(3).eval(), torch.randn(5, 7, 32)
+    if not compiles:
+        monkeypatch.setattr(inductor, "compile_graph", lambda module, *_: module.forward)
+    with torch.no_grad(), record() as report:
+        options = {"inductor": {"cpp_wrapper": True}}
+        result = torch.compile(model, backend="effopt", options=options)(x)
+    torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
+    (block,) = report.graphs[0].outlined
+    assert block.count == 3
+    assert "cpp_wrapper" in block.left
 
 
 def test_the_subgraph_operator_is_left_as_it_was() -> None:

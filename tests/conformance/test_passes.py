@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from effopt.passes.base import Rewrite
 from effopt.plugins.manager import build_registry
 from effopt.testing import check_pass
 
@@ -12,9 +13,11 @@ REGISTRY = build_registry()
 
 @pytest.mark.parametrize("name", REGISTRY.passes)
 def test_pass(name: str) -> None:
-    done = check_pass(REGISTRY.passes[name])
+    class_ = REGISTRY.passes[name]
+    done = check_pass(class_)
     assert done.samples
     assert done.variants >= done.samples
+    assert done.mutants or not (issubclass(class_, Rewrite) and class_.exact), done.unmutated
 
 
 def test_nothing_failed_to_register() -> None:

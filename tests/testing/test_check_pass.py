@@ -52,6 +52,48 @@ class AnyDimension(Good):
         return op.softmax(op.mul(x, 2.0), ANY)
 
 
+class AnyDimensionOfPlaces(AnyDimension):
+    """Its sample begins with a call without operands. Source: arithmetic."""
+
+    name: ClassVar[str] = "any-dimension-of-places"
+
+    def samples(self) -> Iterable[Example]:
+        yield Example(lambda x: ((x + torch.arange(3)) * 2.0).softmax(-1), (torch.randn(3, 3),))
+
+
+class AnyLetters(Good):
+    """Does not look at the equation. Source: arithmetic."""
+
+    name: ClassVar[str] = "any-letters"
+
+    def pattern(self, op: Any, x: Any, y: Any) -> Any:
+        return op.einsum(ANY, [x, y])
+
+    def rewrite(self, emit: Any, m: Any) -> Any:
+        return emit(aten.matmul.default, m.x, m.y)
+
+    def samples(self) -> Iterable[Example]:
+        yield Example(lambda x, y: torch.einsum("mk,kn->mn", x, y), (torch.randn(3, 3), torch.randn(3, 3)))
+
+    def anchors(self, pattern: Any) -> tuple[Any, ...]:
+        return (aten.einsum.default,)
+
+
+class Alone(AnyLetters):
+    """No change of its sample fits the sizes. Source: arithmetic."""
+
+    name: ClassVar[str] = "alone"
+
+    def pattern(self, op: Any, x: Any, y: Any) -> Any:
+        return op.mm(x, y)
+
+    def samples(self) -> Iterable[Example]:
+        yield Example(torch.mm, (torch.randn(3, 4), torch.randn(4, 5)))
+
+    def anchors(self, pattern: Any) -> tuple[Any, ...]:
+        return (aten.mm.default,)
+
+
 class AnyFactor(Good):
     """Does not look at the factor. Source: arithmetic."""
 
@@ -142,6 +184,12 @@ def test_a_good_pass() -> None:
     ("pass_", "words"),
     [
         (AnyDimension, "look-alike with .*dim is 0"),
+        (AnyDimensionOfPlaces, "look-alike with .*dim is 0"),
+        (AnyLetters, "look-alike with .*equation is mk,kn->nm"),
+        (
+            Alone,
+            "no look-alike of its samples runs: .*none of 1 changes runs: .*operands exchanged",
+        ),
         (AnyFactor, "look-alike with .*other is"),
         (Wrong, "check failed"),
         (Detached, "gradients"),

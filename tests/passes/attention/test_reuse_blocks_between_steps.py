@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import effopt
 from effopt.compile import effopt as backend
 from effopt.compile import record
-from effopt.errors import OptionError, PipelineError
+from effopt.errors import EffoptError, OptionError, PipelineError
 from effopt.graph import ops
 from effopt.graph.kept_blocks import _STATES
 
@@ -138,6 +138,27 @@ def test_forgetting_has_the_next_call_choose(choices: list[Any]) -> None:
         compiled(x)
         effopt.forget_blocks(forget)
     assert len(choices) == 3
+
+
+@torch.no_grad()
+def test_forgetting_by_any_part_of_the_model(choices: list[Any]) -> None:
+    """Not the first layer alone, whose parameter the state is found by."""
+    model, other = Denoiser(layers=3), Denoiser(layers=3)
+    compiled, x = compile_model(model, every=5), torch.randn(1, 80, 16)
+    compile_model(other, every=5)(x)
+    for part in (model.layers[2], model.layers[0], model.layers, nn.Sequential(model)):
+        compiled(x)
+        before = len(choices)
+        compiled(x)
+        assert len(choices) == before
+        effopt.forget_blocks(other)
+        compiled(x)
+        assert len(choices) == before
+        effopt.forget_blocks(part)
+        compiled(x)
+        assert len(choices) == before + 3
+    with pytest.raises(EffoptError, match=r"Identity has no parameter.*the model that was compiled"):
+        effopt.forget_blocks(nn.Identity())
 
 
 @torch.no_grad()
