@@ -155,6 +155,8 @@ def aligned(axes: Axes, operand: Any, result: Any) -> Axes:
 def call_of(value: Any) -> tuple[Any, list[Any]] | None:
     """Target and arguments of a call, in one step or in all."""
     if isinstance(value, Apply):
+        if value.nodes[0].target != value.target:
+            return value.target, list(value.args)
         bound = dict(bound_arguments(value.nodes[0]))
         bound |= dict(zip(bound, value.args, strict=False)) | value.kwargs
         return value.target, list(bound.values())

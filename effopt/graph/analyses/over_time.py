@@ -26,7 +26,7 @@ from effopt.graph.analyses.factors import (
     sizes_of,
     told,
 )
-from effopt.graph.analyses.lockstep import Apply, Series
+from effopt.graph.analyses.lockstep import Along, Apply, Series, leaves
 from effopt.graph.constants import constant_number
 from effopt.graph.rewrite import Reject, require
 from effopt.graph.values import is_floating, shape_of, val
@@ -34,7 +34,7 @@ from effopt.graph.values import is_floating, shape_of, val
 _aten = torch.ops.aten
 _UNTAGGED = (_aten.log_sigmoid.default,)  # pointwise, and torch 2.13 does not say so
 _OUTER = (_aten.outer.default, _aten.ger.default)
-_MATMULS = (_aten.matmul.default, _aten.bmm.default)
+_MATMULS = (_aten.matmul.default, _aten.bmm.default, _aten.mm.default)
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,12 @@ class Timed:
     def letters(self) -> frozenset[str]:
         """The axes that it has."""
         return frozenset(axis for axis in self.axes if axis is not None)
+
+    @property
+    def is_of_time(self) -> bool:
+        """Whether it differs between steps."""
+        of_each = isinstance(self.value, Apply) and any(isinstance(x, Along) for x in leaves(self.value))
+        return of_each or "t" in self.letters
 
     def __str__(self) -> str:
         return f"{name_of(self.value)} by {told(self.axes)}"

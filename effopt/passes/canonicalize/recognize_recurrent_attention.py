@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effopt.graph import recurrent_attention_form
+from effopt.graph import recurrent_attention_call, recurrent_attention_form
 from effopt.graph.analyses.recurrences import Recurrence
 from effopt.graph.rewrite import Emit
 from effopt.passes.base import Example
@@ -50,8 +50,8 @@ class RecognizeRecurrentAttention(LoopPass):
     def read(self, found: Recurrence) -> Any:
         return recurrent_attention_form.read(found)
 
-    def write(self, emit: Emit, found: Recurrence, form: Any) -> tuple[Node, Node]:
-        return recurrent_attention_form.write(emit, found, form)
+    def write(self, emit: Emit, found: Recurrence, form: Any) -> tuple[Node, ...]:
+        return recurrent_attention_call.write(emit, found, form)
 
     def samples(self) -> Iterable[Example]:
         q, k, v, g = _inputs()
