@@ -100,14 +100,17 @@ def _letters(found: Recurrence, rank: int) -> Axes:
             return matrix
         return vector
     except Reject:
-        return vector if _sums_over_last(found.outputs[0].series, vector, found.last) else matrix
+        return vector if _summed(found.outputs[0].series, vector, found.last) == "m" else matrix
 
 
-def _sums_over_last(series: Series, state: Axes, where: Node) -> bool:
+def _summed(series: Series, state: Axes, where: Node) -> str | None:
+    """Which axis of a state a read-out sums over, if it is known to."""
     try:
-        return read_out(series, state, where).over == state[-1]
+        over = read_out(series, state, where).over
     except Reject:
-        return False
+        return None
+    require(over is not None, "its states are collected as they are: no query is multiplied by them", where)
+    return over
 
 
 def _form(found: Recurrence, output: Output, added: Product, state: Axes) -> RecurrentForm:

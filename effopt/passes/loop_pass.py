@@ -20,7 +20,7 @@ class LoopPass(GraphPass):
     """A graph pass, for no pattern can say "and so on for every step"."""
 
     stage: ClassVar[Stage] = Stage.CANONICALIZE
-    after: ClassVar[tuple[str, ...]] = ("spell-einsum",)
+    after: ClassVar[tuple[str, ...]] = ("spell-einsum", "stack-before-pointwise")
     may_duplicate: ClassVar[bool] = True
 
     @abstractmethod

@@ -220,7 +220,9 @@ class Lockstep:
     def _calls(self, nodes: tuple[Any, ...], depth: int) -> Series:
         first = nodes[0]
         for step, node in enumerate(nodes):
-            is_alike = isinstance(node, Node) and node.op == "call_function" and node.target == first.target
+            is_alike = node.op == first.op and (
+                node is first or (node.op == "call_function" and node.target == first.target)
+            )
             require(is_alike, f"its steps differ: {_told(first)} in one, {_told(node)} in step {step}", node)
         args = tuple(
             self._argument([node.args[i] if i < len(node.args) else _ABSENT for node in nodes], depth)

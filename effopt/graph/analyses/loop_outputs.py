@@ -75,10 +75,13 @@ def outputs_of(chain: Sequence[Step], may: Ends) -> tuple[tuple[Output, ...], Re
     count = len(chain) + (ends.opens or ends.drops)
     outputs, reads = [], Reads({}, set())
     for last, (each, value) in found.items():
-        told = f"{last.name} collects {len(each.values)} values, and the loop has {count} steps"
-        more = ": start from zeros, in the form of the other steps" if len(each.values) > count else ""
+        told = f"{last.name} collects {len(each.values)} values, and the loop has {len(chain)} steps"
+        more = ": start from zeros, in the form of the other steps" if len(each.values) > len(chain) else ""
         require(len(each.values) == count, told + more, last)
-        outputs.append(_output(each, value, after, () if ends.opens else before, reads))
+        try:
+            outputs.append(_output(each, value, after, () if ends.opens else before, reads))
+        except Reject as why:
+            raise (Reject(told + more, last) if ends.drops else why) from None
     _require_independent(states, outputs)
     return tuple(outputs), reads, ends
 

@@ -92,7 +92,8 @@ def _scaled(series: Any, args: Sequence[Any], state: Axes, where: Node) -> ReadO
     """A state times a tensor."""
     at = _one_state(args, where)
     below, other = read_out(args[at], state, where), args[1 - at]
-    fits = below.over is None and below.plus is None and _is_as_large(args[at], series, where)
+    fits = below.over is None and below.plus is None and isinstance(other, Series | Node)
+    fits = fits and _is_as_large(args[at], series, where)
     require(
         fits, f"its read-out goes through {series.target}: multiply what is collected, behind the loop", where
     )
@@ -130,7 +131,7 @@ def _moved(series: Any, target: Any, args: Sequence[Any], axes: Axes, where: Nod
     if turned is not None:
         return turned
     order = order_of(target, args, len(axes))
-    require(order is not None, f"its read-out goes through {target}", where)
+    require(order is not None, f"its read-out goes through {target}: do that behind the loop", where)
     assert order is not None
     return tuple(axes[i] for i in order)
 

@@ -100,8 +100,11 @@ def recurrences(graph: Graph) -> Found:
 def _recurrence(chain: Sequence[Step], lockstep: Lockstep) -> Recurrence:
     """The recurrence that a chain of steps is. Raises `Reject`."""
     last = chain[-1].node
-    added = lockstep.series([step.added for step in chain])
-    decay = None if chain[0].decay is None else lockstep.series([step.decay for step in chain])
+    try:
+        added = lockstep.series([step.added for step in chain])
+        decay = None if chain[0].decay is None else lockstep.series([step.decay for step in chain])
+    except Reject as why:
+        raise Reject(_carried(chain) or why.reason, why.node) from None
     operands = [leaf for series in (added, decay) if series is not None for leaf in leaves(series)]
     depends = any(isinstance(leaf, State) for leaf in operands)
     require(not depends, "what a step adds or multiplies by depends on the state", last)
@@ -128,6 +131,26 @@ def _recurrence(chain: Sequence[Step], lockstep: Lockstep) -> Recurrence:
         start, steps, decay, added, outputs, last, reads_last, ends.opens, tuple(sorted(nodes))
     )
     return _opened(found, first) if first is not None and ends.opens else found
+
+
+def _carried(chain: Sequence[Step]) -> str:
+    """Why steps differ, if it is by what one of them hands to the next besides the state."""
+    first, before, last = chain[0].node, chain[-2].node, chain[-1]
+    waiting = [x for x in (last.added, last.decay) if isinstance(x, Node)]
+    seen: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node not in seen and node.op == "call_function" and first < node:
+            seen.add(node)
+            waiting.extend(node.all_input_nodes)
+    handed = sorted(node for node in seen if node < before)
+    is_state = any(step.node in seen for step in chain)
+    words = "and a gate is to be known before the loop, as no running maximum is"
+    return (
+        f"a step takes {handed[-1].name}, which another step computes besides the state, {words}"
+        if (handed and not is_state)
+        else ""
+    )
 
 
 def _start(first: Step) -> Node | None:
@@ -171,12 +194,9 @@ def _opened(found: Recurrence, first: tuple[Series, Lockstep]) -> Recurrence:
 def _one_back(series: Any, where: Node) -> Any:
     """The series of all steps, of that of all but the first."""
     if isinstance(series, Along):
-        place, size = series.first - series.stride, val(series.base).shape[series.axis]
-        fits = place >= 0 and statically_known_true(place < size)
-        words = (
-            f"its first step adds to nothing, and {series.base.name} has {size} places for the others alone"
-        )
-        require(fits, f"{words}: start from zeros", where)
+        place = series.first - series.stride
+        words = f"its first step is not decayed, and {series.base.name} has places for the others alone"
+        require(_has_place(series, place), f"{words}: start from zeros", where)
         return replace(series, first=place)
     if isinstance(series, tuple):
         return tuple(_one_back(item, where) for item in series)

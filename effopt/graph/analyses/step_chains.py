@@ -124,12 +124,17 @@ class _Signatures:
 
     def of_step(self, step: Step) -> Hashable:
         """Of both operands besides the state."""
-        return self.of(step.decay), self.of(step.added)
+        return self._near(step.decay, step.previous), self._near(step.added, step.previous)
+
+    def _near(self, value: Any, state: Any) -> Hashable:
+        if value is state:
+            return "state"
+        if isinstance(value, Inner):
+            return value.target, *(self._near(operand, state) for operand in value.args)
+        return self.of(value)
 
     def of(self, value: Any, depth: int = _SIGNATURE_DEPTH) -> Hashable:
         """A leaf itself, and a number for calls that are alike."""
-        if isinstance(value, Inner):
-            return value.target, *(self.of(operand, depth) for operand in value.args)
         if not isinstance(value, Node) or value.op != "call_function":
             return value if isinstance(value, Node) else str(type(value))
         if (value, depth) not in self._known:

@@ -19,6 +19,7 @@ from effopt.passes.canonicalize.shield_softmax import ShieldSoftmax
 from effopt.passes.canonicalize.spell_einsum import SpellEinsum
 from effopt.passes.canonicalize.spell_mask_buffers import SpellMaskBuffers
 from effopt.passes.canonicalize.spell_softmax import SpellSoftmax
+from effopt.passes.canonicalize.stack_before_pointwise import StackBeforePointwise
 
 PASSES: tuple[type[Pass], ...] = (
     SpellMaskBuffers,
@@ -34,6 +35,7 @@ PASSES: tuple[type[Pass], ...] = (
     RecognizeGLU,
     RecognizeRoPE,
     RecognizeLinear,
+    StackBeforePointwise,
     RecognizeRecurrentAttention,
     RecognizeSelectiveScan,
     ShieldSoftmax,
