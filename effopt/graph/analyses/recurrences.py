@@ -15,6 +15,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -26,6 +27,8 @@ from effopt.graph.analyses.step_forms import Step
 from effopt.graph.constants import constant_number
 from effopt.graph.rewrite import Reject, require
 from effopt.graph.values import shape_of, val
+
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -177,10 +180,20 @@ def _first_step(chain: Sequence[Step], start: Node) -> tuple[Series, Lockstep] |
     """What all steps add, if `start` is what a step ahead of the others would make of zeros."""
     lockstep = Lockstep()
     try:
-        series = lockstep.series([whole_of(start), *(step.added for step in chain)])
+        series = lockstep.series([_added_to_zero(whole_of(start)), *(step.added for step in chain)])
     except Reject:
         return None
     return (series, lockstep) if any(isinstance(leaf, Along) for leaf in leaves(series)) else None
+
+
+def _added_to_zero(node: Node) -> Node:
+    """What a loop's first sum is of, where the state before it is a number, 0: strides aside, its value."""
+    if node.target is not _aten.add.Tensor:
+        return node
+    zeros = [constant_number(operand) == 0 for operand in node.args[:2]]
+    other = node.args[zeros.index(True) - 1] if zeros.count(True) == 1 else None
+    is_same = isinstance(other, Node) and val(other).dtype == val(node).dtype
+    return other if isinstance(other, Node) and is_same and shape_of(other) == shape_of(node) else node
 
 
 def _opened(found: Recurrence, first: tuple[Series, Lockstep]) -> Recurrence:

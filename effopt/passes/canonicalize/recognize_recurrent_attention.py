@@ -103,7 +103,8 @@ def _loop(
 
 
 def _normaliser(q: Tensor, k: Tensor) -> Tensor:
-    z, out = 0.0, []
+    z: Any = 0.0
+    out = []
     for t in range(q.shape[2]):
         z = z + k[:, :, t]
         out.append((q[:, :, t] * z).sum(-1))

@@ -11,7 +11,7 @@ Exact: the same calls on the same values, once instead of in each step. Only in 
 added to, and only what nothing in the loop reads. No training needed. Saves some calls a step; the read-outs
 that are left can be recognised, and a normaliser is a loop of its own then.
 
-Source: Katharopoulos et al. 2020, arXiv:2006.16236, equations 18 to 20.
+Source: Katharopoulos et al. 2020, arXiv:2006.16236, section 3.4.
 """
 
 from __future__ import annotations
