@@ -96,7 +96,7 @@ loops = st.builds(
 
 
 # Each example is compiled: shrinking one would take minutes.
-@settings(max_examples=16, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
 @given(loop=loops, t=st.integers(4, 5), sizes=st.tuples(*[st.integers(1, 3)] * 4))
 def test_a_loop_is_what_it_was_and_a_known_one_is_a_call(
     loop: Loop, t: int, sizes: tuple[int, int, int, int]
