@@ -28,8 +28,9 @@ from effopt.graph.analyses.factors import (
     told,
 )
 from effopt.graph.analyses.lockstep import Series, is_backwards
+from effopt.graph.analyses.loop_outputs import Output
 from effopt.graph.analyses.readouts import collected_axes, read_out, require_unrounded
-from effopt.graph.analyses.recurrences import Output, Recurrence
+from effopt.graph.analyses.recurrences import Recurrence
 from effopt.graph.layouts import laid_out_as, require_dense
 from effopt.graph.rewrite import Emit, require
 from effopt.graph.values import is_floating, shape_of, val
@@ -67,6 +68,11 @@ def read(found: Recurrence) -> Scan:
     rank = len(shape_of(found.last))
     # Batch, channel and state. What has another is no scan; `recurrent_attention_form` tells of it.
     require(rank == 3, "", found.last)
+    require(
+        not output.is_before, "each step reads the state before its own update, and not after", found.last
+    )
+    words = "its first step is another, without decay: start from zeros, in the form of the other steps"
+    require(not found.opens, words, found.last)
     backwards = is_backwards([decay, found.added, output.series], found.steps)
     a, delta = _rates(decay, found.last)
     u, b = _inputs(found.added, delta, found.last)
@@ -164,6 +170,8 @@ def _projection(output: Output, where: Node) -> tuple[Operand, Axes]:
     require_unrounded(output.series, val(output.collected.node).dtype, where)
     require(seen.over is not None, "its read-out is not a sum over the state", where)
     require(seen.over == "n", f"its read-out sums over {seen.over}, not over n", where)
+    is_plain = seen.plus is None and not seen.by
+    require(is_plain, "its read-out adds to the state, or multiplies it, ahead of its sum", where)
     require(seen.scale == 1.0, f"its read-out is scaled by {seen.scale} in each step", where)
     value, axes = peeled(seen.weight, seen.weight_axes)
     known = isinstance(value, Node) and None not in axes and set(axes) == set(_PROJECTION)

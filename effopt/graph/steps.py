@@ -31,7 +31,13 @@ class Steps:
 
     def product(self, factors: Sequence[Timed], axes: Sequence[str]) -> Node:
         """The product of values, with these axes in full."""
-        first, *others = (self.laid_out(factor, axes) for factor in factors)
+        laid = [self.laid_out(factor, axes) for factor in factors]
+        if len(laid) > 1:
+            laid = [
+                self.emit.cast(node, f.dtype) if f.dtype else node
+                for node, f in zip(laid, factors, strict=True)
+            ]
+        first, *others = laid
         for other in others:
             first = self.emit(_aten.mul.Tensor, first, other)
         return self.expanded(first, axes)
@@ -81,7 +87,11 @@ class Steps:
         if not isinstance(value, Series | Node):
             return value
         operand = operands_of(found, value)
-        return self.laid_out(operand, axes) if isinstance(operand.value, Series | Node) else operand.value
+        if not isinstance(operand.value, Series | Node):
+            return operand.value
+        # What was widened in each step is computed with as it was then, not as it is held.
+        node = self.laid_out(operand, axes)
+        return node if operand.dtype is None else self.emit.cast(node, operand.dtype)
 
     def expanded(self, node: Node, axes: Sequence[str]) -> Node:
         """A value with every axis in full."""

@@ -20,7 +20,7 @@ class LoopPass(GraphPass):
     """A graph pass, for no pattern can say "and so on for every step"."""
 
     stage: ClassVar[Stage] = Stage.CANONICALIZE
-    after: ClassVar[tuple[str, ...]] = ("spell-einsum",)
+    after: ClassVar[tuple[str, ...]] = ("spell-einsum", "stack-before-pointwise")
     may_duplicate: ClassVar[bool] = True
 
     @abstractmethod
@@ -36,8 +36,8 @@ class LoopPass(GraphPass):
         """The operands of the op. Raises `Reject`."""
 
     @abstractmethod
-    def write(self, emit: Emit, found: Recurrence, form: Any) -> tuple[Node, Node]:
-        """Emit the op: what was collected, and the last state."""
+    def write(self, emit: Emit, found: Recurrence, form: Any) -> tuple[Node, ...]:
+        """Emit the op: what was collected, each tensor, and the last state."""
 
     def apply(self, module: GraphModule, context: Context) -> PassResult:
         """Each loop that is a linear recurrence, and the op."""
@@ -57,8 +57,8 @@ class LoopPass(GraphPass):
 
     def outputs(self, m: Match) -> tuple[Node, ...]:
         """The collected read-outs, and the last state where it is read besides."""
-        collected = m.found.outputs[0].collected.node
-        return (collected, m.found.last) if m.found.reads_last else (collected,)
+        collected = tuple(output.collected.node for output in m.found.outputs)
+        return (*collected, m.found.last) if m.found.reads_last else collected
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
         emit.note = f"{m.found.steps} steps"

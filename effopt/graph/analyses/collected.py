@@ -20,8 +20,10 @@ from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of, val
 
 _aten = torch.ops.aten
-_JOINS = (_aten.stack.default, _aten.cat.default)
-_WRITES = (_aten.select_scatter.default, _aten.slice_scatter.default)
+JOINS = (_aten.stack.default, _aten.cat.default)
+"""Calls that join values."""
+WRITES = (_aten.select_scatter.default, _aten.slice_scatter.default)
+"""Calls that write one into a tensor."""
 _FURTHEST = 64  # calls between a value and what collects it; those of known models are at most five
 _DEAD_DEPTH = 3  # what capture leaves behind of a write to a part, and nothing reads, is two calls deep
 
@@ -60,9 +62,9 @@ def collectors(value: Node, beyond: Collection[Any]) -> dict[Node, Node]:
         if user in seen:
             continue
         seen.add(user)
-        if user.target in _JOINS:
+        if user.target in JOINS:
             found.setdefault(user, operand)
-        elif user.target in _WRITES:
+        elif user.target in WRITES:
             if operand is user.args[1]:
                 found.setdefault(_last_write(user), operand)
         else:
@@ -97,7 +99,7 @@ def _place(write: Node) -> tuple[int, Any]:
 
 def collected(node: Node) -> Collected:
     """What the last call of a collection collects. Raises `Reject`."""
-    if node.target in _JOINS:
+    if node.target in JOINS:
         values, axis = bound_arguments(node).values()
         keeps_axis, axis = node.target is _aten.cat.default, axis % val(node).dim()
         one = not keeps_axis or all(shape_of(value)[axis] == 1 for value in values)

@@ -95,6 +95,11 @@ def _below(value: Any, axes: Axes) -> tuple[Any, Axes] | None:
     if target is _aten.unsqueeze.default:
         dim = args[1] % len(axes)
         return args[0], (*axes[:dim], *axes[dim + 1 :])
+    if target is _aten.squeeze.dim:
+        sizes = sizes_of(args[0])
+        dim = args[1] % max(len(sizes), 1)
+        is_gone = len(sizes) == len(axes) + 1
+        return args[0], (*axes[:dim], None, *axes[dim:]) if is_gone else axes
     if target in COPIES or (target is _aten._to_copy.default and widens(value, args[0])):
         return args[0], axes
     if target is _aten.expand.default:
@@ -137,7 +142,7 @@ def order_of(target: Any, args: Sequence[Any], rank: int) -> list[int] | None:
 
 def widens(node: Any, source: Any) -> bool:
     """Whether a cast is of a floating-point dtype to one as fine and as wide, or more so."""
-    new, old = _dtype(node), _dtype(source)
+    new, old = dtype_of(node), dtype_of(source)
     if not (new.is_floating_point and old.is_floating_point):
         return False
     wide, narrow = torch.finfo(new), torch.finfo(old)
@@ -155,6 +160,8 @@ def aligned(axes: Axes, operand: Any, result: Any) -> Axes:
 def call_of(value: Any) -> tuple[Any, list[Any]] | None:
     """Target and arguments of a call, in one step or in all."""
     if isinstance(value, Apply):
+        if value.nodes[0].target != value.target:
+            return value.target, list(value.args)
         bound = dict(bound_arguments(value.nodes[0]))
         bound |= dict(zip(bound, value.args, strict=False)) | value.kwargs
         return value.target, list(bound.values())
@@ -177,7 +184,8 @@ def sizes_of(value: Any) -> tuple[Any, ...]:
     return shape_of(_first(value))
 
 
-def _dtype(value: Any) -> torch.dtype:
+def dtype_of(value: Any) -> torch.dtype:
+    """Of a tensor, or of a value in each step."""
     return val(value.base if isinstance(value, Along) else _first(value)).dtype
 
 

@@ -20,6 +20,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.no_ops import stands_for
+from effopt.graph.analyses.step_forms import Inner
 from effopt.graph.matching import bound_arguments
 from effopt.graph.rewrite import require
 from effopt.graph.values import val
@@ -53,6 +54,9 @@ class Along:
 class State:
     """What the recurrence carries."""
 
+    is_before: bool = False
+    """Whether it is what a step found, not what the step made of it."""
+
 
 @dataclass(frozen=True)
 class Apply:
@@ -63,7 +67,7 @@ class Apply:
     """By position as in the first step, with a `Series` for each node."""
     kwargs: dict[str, Any] = field(hash=False)
     nodes: tuple[Node, ...] = field(repr=False)
-    """The calls, in the order of the steps."""
+    """The calls, in the order of the steps; for calls made within others, nodes of their shape and dtype."""
 
 
 Series = Same | Along | State | Apply
@@ -149,9 +153,9 @@ def is_backwards(series: Iterable[Series], steps: int) -> bool:
 class Lockstep:
     """Reads the bodies of all steps side by side. Keeps what it saw, so that it sees a node once."""
 
-    def __init__(self, states: Sequence[Any] = ()) -> None:
-        """`states`: what the recurrence carries, as each step reads it."""
-        self._states = tuple(states)
+    def __init__(self, states: Sequence[Any] = (), before: Sequence[Any] = ()) -> None:
+        """`states`: what the recurrence carries, as each step reads it; `before`: as each step found it."""
+        self._states, self._before = tuple(states), tuple(before)
         self._known: dict[tuple[Node, ...], Series] = {}
         self.nodes: dict[Node, None] = {}
         """All calls that belong to the steps."""
@@ -163,8 +167,10 @@ class Lockstep:
     def series(self, nodes: Sequence[Any], depth: int = 0) -> Series:
         """What `nodes`, one of each step, have in common. Raises `Reject`."""
         key = tuple(nodes)
-        if key == self._states:
-            return State()
+        if key and key in (self._states, self._before):
+            return State(key != self._states)
+        if any(isinstance(node, Inner) for node in key):
+            return self._inner(key, depth)
         if not all(isinstance(node, Node) for node in key):
             return Same(self._argument(key, depth))  # not remembered: as keys, 1, 1.0 and True are equal
         if key not in self._known:
@@ -193,7 +199,7 @@ class Lockstep:
         positions = [p.position for p in parts if p is not None]
         if len(set(positions)) == 1:
             return None
-        base = self.series([_whole(p.base) for p in parts if p is not None], depth + 1)
+        base = self.series([whole_of(p.base) for p in parts if p is not None], depth + 1)
         if not isinstance(base, Same):
             return None
         self.has_parts = True
@@ -214,7 +220,9 @@ class Lockstep:
     def _calls(self, nodes: tuple[Any, ...], depth: int) -> Series:
         first = nodes[0]
         for step, node in enumerate(nodes):
-            is_alike = isinstance(node, Node) and node.op == "call_function" and node.target == first.target
+            is_alike = node.op == first.op and (
+                node is first or (node.op == "call_function" and node.target == first.target)
+            )
             require(is_alike, f"its steps differ: {_told(first)} in one, {_told(node)} in step {step}", node)
         args = tuple(
             self._argument([node.args[i] if i < len(node.args) else _ABSENT for node in nodes], depth)
@@ -231,9 +239,22 @@ class Lockstep:
         # Equal calls on equal operands give one value, computed in every step anew.
         return Same(first) if found and all(isinstance(leaf, Same) for leaf in found) else made
 
+    def _inner(self, calls: tuple[Any, ...], depth: int) -> Series:
+        """Of calls within others; one that has a node of its own may be among them."""
+        (target, *_), where = {call.target: None for call in calls if isinstance(call, Inner)}, calls[-1]
+        where = where.like if isinstance(where, Inner) else where
+        for call in calls:
+            is_alike = isinstance(call, Inner | Node) and call.target == target
+            require(is_alike, f"its steps differ: {_told(call)} is no {target}", where)
+        given = [c.args if isinstance(c, Inner) else tuple(bound_arguments(c).values()) for c in calls]
+        args = tuple(self._argument(column, depth) for column in zip(*given, strict=True))
+        made = Apply(target, args, {}, tuple(c.like if isinstance(c, Inner) else c for c in calls))
+        self._keep([call for call in calls if isinstance(call, Node)], made)
+        return made
+
     def _argument(self, values: Sequence[Any], depth: int) -> Any:
         first = values[0]
-        if all(isinstance(value, Node) for value in values):
+        if all(isinstance(value, Node | Inner) for value in values):
             return self.series(values, depth + 1)
         if isinstance(first, (list, tuple)) and all(isinstance(v, (list, tuple)) for v in values):
             require(len({len(v) for v in values}) == 1, "its steps differ in the number of operands", None)
@@ -252,7 +273,7 @@ class Lockstep:
 _ABSENT = object()
 
 
-def _whole(node: Node) -> Node:
+def whole_of(node: Node) -> Node:
     """What `node` gives back unchanged: a slice of everything is its operand."""
     while (source := stands_for(node)) is not None:
         node = source

@@ -58,6 +58,9 @@ def decay_of(found: Timed, where: Node, by: float = 1.0) -> Iterator[Factor]:
     if target in (_aten.mul.Tensor, _aten.mul.Scalar):
         for operand in args[:2]:
             yield from decay_of(operands_of(found, operand), where, by)
+    elif target is _aten.div.Tensor and (number := constant_number(args[1])):
+        yield from decay_of(operands_of(found, args[0]), where, by)
+        yield _of_number(1 / number, found, by, where)
     elif target is _aten.exp.default:
         yield Factor(Kind.EXPONENT, operands_of(found, args[0]), by)
     elif target is _aten.sigmoid.default:
@@ -67,8 +70,19 @@ def decay_of(found: Timed, where: Node, by: float = 1.0) -> Iterator[Factor]:
         words = f"its decay is raised to {args[1]}, which is not a number above 0"
         require(power is not None and 0 < power < math.inf, words, where)
         yield from decay_of(operands_of(found, args[0]), where, by * float(power or 1.0))
+    elif (whole := _rest_of_rest(found, target, args)) is not None:
+        yield from decay_of(whole, where, by)
     else:
         yield _last(found, target, args, by, where)
+
+
+def _rest_of_rest(found: Timed, target: Any, args: list[Any]) -> Timed | None:
+    """What `found` is, if that is `1 - (1 - x)`, as `lerp` by `1 - x` has it."""
+    rest = _one_less(target, args)
+    inner = None if rest is None else operands_of(found, rest)
+    call = None if inner is None else call_of(inner.value)
+    whole = None if call is None else _one_less(*call)
+    return None if whole is None or inner is None else operands_of(inner, whole)
 
 
 def _of_number(number: float, found: Timed, by: float, where: Node) -> Factor:

@@ -21,20 +21,27 @@ from effopt.graph.analyses.factors import (
     aligned,
     by_letter,
     call_of,
+    dtype_of,
     name_of,
     peeled,
     sizes_of,
     told,
 )
-from effopt.graph.analyses.lockstep import Apply, Series
+from effopt.graph.analyses.lockstep import Along, Apply, Same, Series, leaves
 from effopt.graph.constants import constant_number
 from effopt.graph.rewrite import Reject, require
-from effopt.graph.values import is_floating, shape_of, val
+from effopt.graph.values import is_floating, shape_of
 
 _aten = torch.ops.aten
-_UNTAGGED = (_aten.log_sigmoid.default,)  # pointwise, and torch 2.13 does not say so
+# Pointwise, and torch 2.13 does not say so.
+_UNTAGGED = (
+    _aten.log_sigmoid.default,
+    _aten.hardswish.default,
+    _aten.where.ScalarOther,
+    _aten.where.ScalarSelf,
+)
 _OUTER = (_aten.outer.default, _aten.ger.default)
-_MATMULS = (_aten.matmul.default, _aten.bmm.default)
+_MATMULS = (_aten.matmul.default, _aten.bmm.default, _aten.mm.default)
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,19 @@ class Timed:
     value: Any
     """A node, which holds all steps; or a call of each step; or a number."""
     axes: Axes
+    dtype: torch.dtype | None = None
+    """That in the loop, which may be wider than that of `value`; None: a number."""
 
     @property
     def letters(self) -> frozenset[str]:
         """The axes that it has."""
         return frozenset(axis for axis in self.axes if axis is not None)
+
+    @property
+    def is_of_time(self) -> bool:
+        """Whether it differs between steps."""
+        of_each = isinstance(self.value, Apply) and any(isinstance(x, Along) for x in leaves(self.value))
+        return of_each or "t" in self.letters
 
     def __str__(self) -> str:
         return f"{name_of(self.value)} by {told(self.axes)}"
@@ -56,7 +71,10 @@ class Timed:
 
 def timed(value: Any, axes: Axes) -> Timed:
     """A value without what only lays it out."""
-    return Timed(*peeled(value, axes)) if isinstance(value, Series | Node) else Timed(value, ())
+    is_number = isinstance(value, Same) and not isinstance(value.node, Node)
+    if is_number or not isinstance(value, Series | Node):
+        return Timed(value.node if is_number else value, ())
+    return Timed(*peeled(value, axes), dtype_of(value))
 
 
 def operands_of(whole: Timed, given: Any) -> Timed:
@@ -81,7 +99,7 @@ def factors_of(product: Timed, apart: frozenset[str], where: Node) -> Iterator[T
     elif call is not None and call[0] in _MATMULS:
         given = _of_matmul(product, *call[1][:2])
     if call is not None and call[0] is _aten._to_copy.default:
-        raise Reject(f"what it adds is rounded to {_dtype(product.value)}", where)
+        raise Reject(f"what it adds is rounded to {dtype_of(product.value)}", where)
     require(given is not None, f"what it adds, {product}, is no product of a key and a value", where)
     for factor in given or ():
         yield from factors_of(factor, apart, where)
@@ -128,6 +146,13 @@ def taken(found: Timed) -> Taken | None:
     return Taken(inner, hidden, found.axes[dim] if is_slice else None)
 
 
+def is_pointwise(target: Any) -> bool:
+    """Whether an element of a call's result is made of those at its place, and nothing is random."""
+    tags = getattr(target, "tags", ())
+    is_random = torch.Tag.nondeterministic_seeded in tags
+    return (torch.Tag.pointwise in tags and not is_random) or target in _UNTAGGED
+
+
 def require_timed(found: Timed, sizes: Mapping[str, Any], where: Node) -> None:
     """That a value can be computed of all steps at once, with these sizes. Raises `Reject`."""
     if isinstance(found.value, Node):
@@ -140,9 +165,8 @@ def require_timed(found: Timed, sizes: Mapping[str, Any], where: Node) -> None:
     elif isinstance(found.value, Apply):
         target = found.value.target
         words = f"{name_of(found.value)}, {target}, is computed in each step: compute it before the loop"
-        is_pointwise = torch.Tag.pointwise in getattr(target, "tags", ()) or target in _UNTAGGED
         is_plain = not any(isinstance(value, (list, tuple)) for value in arguments_of(found.value))
-        require(taken(found) is not None or (is_pointwise and is_plain), words, where)
+        require(taken(found) is not None or (is_pointwise(target) and is_plain), words, where)
         for below in _below(found):
             require_timed(below, sizes, where)
     else:
@@ -172,7 +196,3 @@ def arguments_of(call: Apply) -> tuple[Any, ...]:
 def number_of(found: Timed) -> float | None:
     """The number that a value is in every step; None if it is none."""
     return constant_number(found.value) if not isinstance(found.value, Apply) else None
-
-
-def _dtype(value: Any) -> torch.dtype:
-    return val(value.nodes[0] if isinstance(value, Apply) else value).dtype

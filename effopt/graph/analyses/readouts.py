@@ -37,7 +37,7 @@ from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of, val
 
 _aten = torch.ops.aten
-_PRODUCTS = (_aten.matmul.default, _aten.bmm.default)
+_PRODUCTS = (_aten.matmul.default, _aten.bmm.default, _aten.mm.default, _aten.mv.default, _aten.dot.default)
 _FACTORS = {_aten.mul.Tensor: 1, _aten.mul.Scalar: 1, _aten.div.Tensor: -1, _aten.div.Scalar: -1}
 """Calls that scale by a number, and the power of it."""
 
@@ -53,6 +53,11 @@ class ReadOut:
     weight: Any = None
     weight_axes: Axes = ()
     scale: float = 1.0
+    by: tuple[tuple[Any, Axes], ...] = ()
+    """What the state is multiplied by ahead of that, and the axes of each."""
+    plus: Any = None
+    """What is added to it then."""
+    plus_axes: Axes = ()
 
 
 def read_out(series: Any, state: Axes, where: Node) -> ReadOut:
@@ -71,12 +76,44 @@ def read_out(series: Any, state: Axes, where: Node) -> ReadOut:
         return _einsum(args[0], args[1], state, where)
     if target in _FACTORS:
         number = constant_number(args[1])
+        if not number and target is _aten.mul.Tensor and reads_state(args[0]) != reads_state(args[1]):
+            return _scaled(series, args, state, where)
         words = f"its read-out goes through {target}: multiply what is collected, behind the loop"
         require(bool(number), words, where)
         below = read_out(args[0], state, where)
         return replace(below, scale=below.scale * float(number or 1.0) ** _FACTORS[target])
+    if target is _aten.add.Tensor and args[2] == 1 and reads_state(args[0]) != reads_state(args[1]):
+        return _plus(series, args, state, where)
     below = read_out(args[0], state, where)
     return replace(below, axes=_moved(series, target, args, below.axes, where))
+
+
+def _scaled(series: Any, args: Sequence[Any], state: Axes, where: Node) -> ReadOut:
+    """A state times a tensor."""
+    at = _one_state(args, where)
+    below, other = read_out(args[at], state, where), args[1 - at]
+    fits = below.over is None and below.plus is None and isinstance(other, Series | Node)
+    fits = fits and _is_as_large(args[at], series, where)
+    require(
+        fits, f"its read-out goes through {series.target}: multiply what is collected, behind the loop", where
+    )
+    return replace(below, by=(*below.by, (other, aligned(below.axes, other, series))))
+
+
+def _plus(series: Any, args: Sequence[Any], state: Axes, where: Node) -> ReadOut:
+    """A state and something more."""
+    at = _one_state(args, where)
+    below, other = read_out(args[at], state, where), args[1 - at]
+    fits = below.over is None and below.plus is None and below.scale == 1
+    words = f"its read-out adds {name_of(other)}: add to what is collected, behind the loop"
+    require(fits and isinstance(other, Series | Node) and _is_as_large(args[at], series, where), words, where)
+    return replace(below, plus=other, plus_axes=aligned(below.axes, other, series))
+
+
+def _is_as_large(state: Any, made: Any, where: Node) -> bool:
+    """Whether what is made of a state has its sizes: nothing broadcasts it."""
+    own, sizes = _sizes(state, where), sizes_of(made)
+    return len(own) == len(sizes) and all(map(statically_known_true, map(operator.eq, own, sizes)))
 
 
 def _moved(series: Any, target: Any, args: Sequence[Any], axes: Axes, where: Node) -> Axes:
@@ -94,7 +131,7 @@ def _moved(series: Any, target: Any, args: Sequence[Any], axes: Axes, where: Nod
     if turned is not None:
         return turned
     order = order_of(target, args, len(axes))
-    require(order is not None, f"its read-out goes through {target}", where)
+    require(order is not None, f"its read-out goes through {target}: do that behind the loop", where)
     assert order is not None
     return tuple(axes[i] for i in order)
 
@@ -138,16 +175,20 @@ def _matrix_product(args: Sequence[Any], state: Axes, where: Node) -> ReadOut:
     at = _one_state(args, where)
     below, other = read_out(args[at], state, where), args[1 - at]
     axes, sizes = below.axes, sizes_of(other)
-    is_plain = below.over is None and axes[:-2] == state[:-2] and set(axes) == set(state)
-    require(is_plain, f"its read-out multiplies {told(axes)} as a matrix", where)
-    lead, (kept, summed) = axes[:-2], (axes[-2:] if at == 0 else axes[:-3:-1])
+    lead, last = axes[:-2], axes[-2:] if at == 0 else axes[:-3:-1]
+    kept, summed = last if len(axes) > 1 else (None, *axes)
+    is_plain = below.over is None and summed is not None and None not in lead
+    is_whole = is_plain and set(axes) - {None} == set(state)
+    require(is_whole, f"its read-out multiplies {told(axes)} as a matrix", where)
     is_row = len(sizes) == 1 or statically_known_true(sizes[-1 - at] == 1)
-    fits = is_row and len(sizes) <= len(axes)
+    fits = is_row and len(sizes) <= max(len(axes), 2)
     require(fits, f"its read-out is a product over {summed}, not one sum over it", where)
     weight: Axes = (*lead, summed, None) if at == 0 else (*lead, None, summed)
     left: Axes = (*lead, kept, None) if at == 0 else (*lead, None, kept)
     if len(sizes) == 1:
         weight, left = (summed,), (*lead, kept)
+    if len(axes) == 1:
+        left = left[:0] if len(sizes) == 1 else (None,)
     return replace(below, axes=left, over=summed, weight=other, weight_axes=weight[-len(sizes) :])
 
 
@@ -161,8 +202,8 @@ def _sum(args: Sequence[Any], state: Axes, where: Node) -> ReadOut:
     below, other = read_out(call[1][at], state, where), call[1][1 - at]
     axes = below.axes
     own, made = _sizes(call[1][at], where), sizes_of(summand)
-    is_own = len(own) == len(made) and all(map(statically_known_true, map(operator.eq, own, made)))
-    require(is_own, f"its read-out broadcasts its state, {list(own)}, to {list(made)}", where)
+    words = f"its read-out broadcasts its state, {list(own)}, to {list(made)}"
+    require(_is_as_large(call[1][at], summand, where), words, where)
     places = [d % len(axes) for d in dims or ()]
     over = axes[places[0]] if len(places) == 1 else None
     require(below.over is None and over is not None, f"its read-out sums over {dims}, not one axis", where)

@@ -3,37 +3,32 @@
     h_t = a_t * h_(t-1) + u_t,   y_t = read(h_t, c_t),   y = stack(y_0, .., y_(T-1))
 
 Dynamo unrolls a Python loop: step t reads `a`, `u` and `c` at position t. Proved of every step: that it is
-the same as the others, that positions follow one another, that nothing but the next step and the read-out
-reads a state, and that no operand depends on one. The last state may be read by anyone. What can be a step is
-found by `step_chains.py`. Looks only. Exact: nothing is assumed.
+the same as the others, that positions follow one another, that nothing but the next step and the read-outs
+reads a state, and that no operand depends on one. The first step may be `h = u`. The last state may be read
+by anyone. What can be a step is found by `step_chains.py`, what is read of it by `loop_outputs.py`. Looks
+only. Exact: nothing is assumed.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from effopt.graph.analyses.collected import Collected, collected, collectors, is_alive
-from effopt.graph.analyses.lockstep import Along, Lockstep, Series, State, leaves
-from effopt.graph.analyses.step_chains import Miss, Step, chains, nonlinear, steps_by_form
+from effopt.graph.analyses.collected import is_alive
+from effopt.graph.analyses.lockstep import Along, Apply, Lockstep, Series, State, leaves, whole_of
+from effopt.graph.analyses.loop_outputs import Ends, Output, outputs_of, require_inside
+from effopt.graph.analyses.step_chains import Miss, chains, nonlinear, steps_by_form
+from effopt.graph.analyses.step_forms import Step
 from effopt.graph.constants import constant_number
 from effopt.graph.rewrite import Reject, require
 from effopt.graph.values import shape_of, val
 
-
-@dataclass(frozen=True)
-class Output:
-    """The read-outs of all steps in one tensor."""
-
-    collected: Collected
-    """The tensor, and along which axis steps lie in it."""
-    series: Series
-    """The read-out of a step; `State()` in it is the state after that step."""
-    reverse: bool
-    """Whether the last step comes first in it."""
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -48,9 +43,11 @@ class Recurrence:
     added: Series
     outputs: tuple[Output, ...]
     last: Node
-    """The state after the last step."""
+    """The state after the last step; after the one before it where the last one's is not wanted."""
     reads_last: bool
     """Whether something besides the outputs reads it."""
+    opens: bool
+    """Whether the first step is `h = added`: what it would be decayed by is not read."""
     nodes: tuple[Node, ...] = field(repr=False)
     """Every call that computes the above from `sources` and `start`, in graph order."""
 
@@ -106,22 +103,57 @@ def recurrences(graph: Graph) -> Found:
 def _recurrence(chain: Sequence[Step], lockstep: Lockstep) -> Recurrence:
     """The recurrence that a chain of steps is. Raises `Reject`."""
     last = chain[-1].node
-    added = lockstep.series([step.added for step in chain])
-    decay = None if chain[0].decay is None else lockstep.series([step.decay for step in chain])
+    try:
+        added = lockstep.series([step.added for step in chain])
+        decay = None if chain[0].decay is None else lockstep.series([step.decay for step in chain])
+    except Reject as why:
+        raise Reject(_carried(chain) or why.reason, why.node) from None
     operands = [leaf for series in (added, decay) if series is not None for leaf in leaves(series)]
     depends = any(isinstance(leaf, State) for leaf in operands)
     require(not depends, "what a step adds or multiplies by depends on the state", last)
     require(any(isinstance(leaf, Along) for leaf in operands), "", last)
     start = _start(chain[0])
     _require_shape(chain, start)
-    outputs, reads = _outputs(chain)
+    first = None if start is None else _first_step(chain, start)
+    goes_on = all(
+        _has_place(leaf, leaf.first + leaf.stride * len(chain))
+        for leaf in operands
+        if isinstance(leaf, Along)
+    )
+    outputs, reads, ends = outputs_of(chain, Ends(first is not None, goes_on))
     collecting = {node for output in outputs for node in output.collected.nodes}
     inside = collecting | reads.reading
-    _require_inside(chain, inside, reads)
+    require_inside(chain, inside, reads)
     products = {step.product for step in chain if step.product is not None}
     nodes = {step.node for step in chain} | products | {*lockstep.nodes, *reads.nodes} | collecting
     reads_last = any(is_alive(user) for user in last.users if user not in inside)
-    return Recurrence(start, len(chain), decay, added, outputs, last, reads_last, tuple(sorted(nodes)))
+    words = "its last step only reads the state, and the state is returned too: update it in each step"
+    require(not (ends.drops and reads_last), words, last)
+    steps = len(chain) + ends.drops
+    found = Recurrence(
+        start, steps, decay, added, outputs, last, reads_last, ends.opens, tuple(sorted(nodes))
+    )
+    return _opened(found, first) if first is not None and ends.opens else found
+
+
+def _carried(chain: Sequence[Step]) -> str:
+    """Why steps differ, if it is by what one of them hands to the next besides the state."""
+    first, before, last = chain[0].node, chain[-2].node, chain[-1]
+    waiting = [x for x in (last.added, last.decay) if isinstance(x, Node)]
+    seen: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node not in seen and node.op == "call_function" and first < node:
+            seen.add(node)
+            waiting.extend(node.all_input_nodes)
+    handed = sorted(node for node in seen if node < before)
+    is_state = any(step.node in seen for step in chain)
+    words = "and a gate is to be known before the loop, as no running maximum is"
+    return (
+        f"a step takes {handed[-1].name}, which another step computes besides the state, {words}"
+        if (handed and not is_state)
+        else ""
+    )
 
 
 def _start(first: Step) -> Node | None:
@@ -144,72 +176,49 @@ def _require_shape(chain: Sequence[Step], start: Node | None) -> None:
         require(is_alike, f"its state starts as {told} and goes on as {list(shape)} {dtype}", chain[0].node)
 
 
-def _outputs(chain: Sequence[Step]) -> tuple[tuple[Output, ...], Lockstep]:
-    """What collects a read-out of every step; and the calls of those read-outs."""
-    states = [step.node for step in chain]
-    reads = Lockstep(states)
-    outputs = []
-    for last, first_value in collectors(states[0], (chain[1].node, chain[1].product)).items():
-        found = collected(last)
-        _require_after_update(chain, found.values, first_value)
-        told = f"{last.name} collects {len(found.values)} values, and the loop has {len(states)} steps"
-        require(len(found.values) == len(states), told, last)
-        reverse = found.values[0] is not first_value
-        series = reads.series(found.values[::-1] if reverse else found.values)
-        outputs.append(Output(found, series, reverse))
-    _require_independent(states, outputs)
-    return tuple(outputs), reads
-
-
-def _require_after_update(chain: Sequence[Step], values: Sequence[Node], first: Node) -> None:
-    """A read-out takes what its step made of the state, not what its step found."""
-    values = values if values[1:2] == (first,) else values[::-1]
-    before = [*(step.previous for step in chain), chain[-1].node][: len(values)]
-    if values[1:2] != (first,) or len(before) != len(values):
-        return
+def _first_step(chain: Sequence[Step], start: Node) -> tuple[Series, Lockstep] | None:
+    """What all steps add, if `start` is what a step ahead of the others would make of zeros."""
+    lockstep = Lockstep()
     try:
-        series = Lockstep(before).series(values)
+        series = lockstep.series([_added_to_zero(whole_of(start)), *(step.added for step in chain)])
     except Reject:
-        return
-    is_before = any(isinstance(leaf, State) for leaf in leaves(series))
-    words = "each step reads the state before its own update, and not after"
-    if len(values) > len(chain):
-        words = (
-            f"it collects {len(values)} values, and the loop has {len(chain)} steps: start from zeros, in "
-            "the form of the other steps, and read no state before its own update"
-        )
-    require(not is_before, words, values[0])
+        return None
+    return (series, lockstep) if any(isinstance(leaf, Along) for leaf in leaves(series)) else None
 
 
-def _require_independent(states: Sequence[Node], outputs: Sequence[Output]) -> None:
-    """Nothing that a read-out takes besides the state is computed from one: the loop can then be one call.
-
-    What a step reads is there before the first state is, by the order of the graph.
-    """
-    operands = [leaf for output in outputs for leaf in leaves(output.series) if not isinstance(leaf, State)]
-    sources = {leaf.base if isinstance(leaf, Along) else leaf.node for leaf in operands}
-    late = [source for source in sources if states[0] < source]
-    depending, node = {states[0]}, states[0]
-    while late and node is not max(late):
-        node = node.next
-        if any(operand in depending for operand in node.all_input_nodes):
-            depending.add(node)
-    for source in late:
-        require(source not in depending, f"its read-out takes {source.name}, made of a state", source)
+def _added_to_zero(node: Node) -> Node:
+    """What a loop's first sum is of, where the state before it is a number, 0: strides aside, its value."""
+    if node.target is not _aten.add.Tensor:
+        return node
+    zeros = [constant_number(operand) == 0 for operand in node.args[:2]]
+    other = node.args[zeros.index(True) - 1] if zeros.count(True) == 1 else None
+    is_same = isinstance(other, Node) and val(other).dtype == val(node).dtype
+    return other if isinstance(other, Node) and is_same and shape_of(other) == shape_of(node) else node
 
 
-def _require_inside(chain: Sequence[Step], inside: set[Node], reads: Lockstep) -> None:
-    """Only the next step and the read-outs read what a step computes; anyone reads the last state."""
-    for step, after in itertools.pairwise(chain):
-        allowed = {after.node, after.product}
-        for user in step.node.users:
-            told = f"the state of a step, {step.node.name}, is also read by {user.name}"
-            require(user in allowed or user in inside or not is_alive(user), told, user)
-    for step in chain:
-        for user in step.product.users if step.product is not None else ():
-            told = f"the decayed state of a step, {step.product}, is also read by {user.name}"
-            require(user is step.node or not is_alive(user), told, user)
-    for node in reads.reading:
-        for user in node.users:
-            told = f"the read-out of a step, {node.name}, is also read by {user.name}"
-            require(user in inside or not is_alive(user), told, user)
+def _opened(found: Recurrence, first: tuple[Series, Lockstep]) -> Recurrence:
+    """The recurrence with the step ahead of the others: from zeros, which no decay changes."""
+    added, lockstep = first
+    decay = None if found.decay is None else _one_back(found.decay, found.last)
+    nodes = tuple(sorted({*found.nodes, *lockstep.nodes}))
+    return replace(found, start=None, steps=found.steps + 1, added=added, decay=decay, nodes=nodes)
+
+
+def _one_back(series: Any, where: Node) -> Any:
+    """The series of all steps, of that of all but the first."""
+    if isinstance(series, Along):
+        place = series.first - series.stride
+        words = f"its first step is not decayed, and {series.base.name} has places for the others alone"
+        require(_has_place(series, place), f"{words}: start from zeros", where)
+        return replace(series, first=place)
+    if isinstance(series, tuple):
+        return tuple(_one_back(item, where) for item in series)
+    if not isinstance(series, Apply):
+        return series
+    kwargs = {name: _one_back(value, where) for name, value in series.kwargs.items()}
+    return replace(series, args=_one_back(series.args, where), kwargs=kwargs)
+
+
+def _has_place(parts: Along, place: int) -> bool:
+    size = val(parts.base).shape[parts.axis]
+    return place >= 0 and statically_known_true(place < size)

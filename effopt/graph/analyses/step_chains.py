@@ -2,42 +2,26 @@
 
     state_t = decay_t * state_(t-1) + added_t
 
-A step has a form, which operand is what; a chain has one form, and its operands look alike in all steps.
-Linear in nodes: what can be a step is walked over once for each form, and compared by its neighbours'
-signatures, which are computed once a node. Looks only, and proves nothing: `recurrences.py` does.
+A step has a form, which operand is what (`step_forms.py`); a chain has one form, and its operands look alike
+in all steps. Linear in nodes: what can be a step is walked over once for each form, and compared by its
+neighbours' signatures, which are computed once a node. Looks only, and proves nothing: `recurrences.py` does.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from effopt.graph.analyses.lockstep import part_at
-from effopt.graph.matching import bound_arguments
+from effopt.graph.analyses.step_forms import Inner, Step, steps_of
 from effopt.graph.rewrite import Reject
 
 _aten = torch.ops.aten
 _SIGNATURE_DEPTH = 3  # calls of a step's operands that are compared to tell where a loop begins and ends
-
-
-@dataclass(frozen=True)
-class Step:
-    """One way in which a call can be a step: `node = decay * previous + added`."""
-
-    node: Node
-    form: Hashable
-    """Which operand is what."""
-    previous: Any
-    decay: Any
-    """A node, or a number; None: nothing decays."""
-    added: Any
-    product: Node | None
-    """The call of `decay * previous`, if it is one of its own."""
 
 
 ByForm = dict[Hashable, dict[Node, Step]]
@@ -53,31 +37,11 @@ class Miss(Reject):
         """The state after one of its steps."""
 
 
-def _steps_of(node: Node) -> Iterator[Step]:
-    """Every way in which a call can be one step."""
-    if node.target is _aten.add.Tensor and bound_arguments(node)["alpha"] == 1:
-        for i in (0, 1):
-            kept, added = node.args[i], node.args[1 - i]
-            if isinstance(kept, Node) and kept.target is _aten.mul.Tensor:
-                for j in (0, 1):
-                    decay, previous = kept.args[1 - j], kept.args[j]
-                    is_number = type(decay) in (int, float) and isinstance(previous, Node)
-                    if isinstance(decay, Node) or is_number:
-                        yield Step(node, ("mul", i, j), previous, decay, added, kept)
-            yield Step(node, ("add", i), kept, None, added, None)
-    elif node.target is _aten.addcmul.default and bound_arguments(node)["value"] == 1:
-        added, *factors = node.args[:3]
-        for j in (0, 1):
-            decay = factors[1 - j]
-            if isinstance(decay, Node):
-                yield Step(node, ("addcmul", j), factors[j], decay, added, None)
-
-
 def steps_by_form(graph: Graph) -> ByForm:
     """All that can be a step, by which operand is what; each in graph order."""
     found: ByForm = {}
     for node in graph.nodes:
-        for step in _steps_of(node) if node.op == "call_function" else ():
+        for step in steps_of(node) if node.op == "call_function" else ():
             found.setdefault(step.form, {})[node] = step
     return found
 
@@ -91,9 +55,14 @@ def chains(steps: ByForm) -> Iterator[list[Step]]:
     taken: set[Node] = set()
     walked: set[tuple[Hashable, Node]] = set()
     signatures = _Signatures()
-    for form, end in sorted(length, key=lambda key: -length[key]):
-        if length[form, end] < 2:
-            break
+
+    def ends_alike(form: Hashable, end: Node) -> bool:
+        """Of two calls that read one state, the one that goes on as the others do."""
+        step, before = steps[form][end], steps[form].get(steps[form][end].previous)
+        return before is not None and signatures.of_step(step) == signatures.of_step(before)
+
+    ends = [key for key in length if length[key] >= 2]
+    for form, end in sorted(ends, key=lambda key: (-length[key], not ends_alike(*key))):
         chain: list[Step] = []
         before: Any = end
         # From the furthest end down: what a longer chain went over is not gone over again.
@@ -130,6 +99,8 @@ def nonlinear(steps: ByForm) -> Iterator[Miss]:
 
 
 def _reads_part(value: Any, depth: int = _SIGNATURE_DEPTH) -> bool:
+    if isinstance(value, Inner):
+        return any(_reads_part(operand, depth) for operand in value.args)
     is_part = isinstance(value, Node) and part_at(value) is not None
     operands = value.all_input_nodes if isinstance(value, Node) and depth else []
     return is_part or any(_reads_part(operand, depth - 1) for operand in operands)
@@ -140,7 +111,7 @@ def _runs(chain: Sequence[Step], signatures: _Signatures) -> Iterator[list[Step]
 
     A scaling before a loop, or after it, has the form of a step.
     """
-    runs = itertools.groupby(chain, key=lambda s: (signatures.of(s.decay), signatures.of(s.added)))
+    runs = itertools.groupby(chain, key=signatures.of_step)
     yield from (steps for _, run in runs if len(steps := list(run)) >= 2)
 
 
@@ -150,6 +121,17 @@ class _Signatures:
     def __init__(self) -> None:
         self._numbers: dict[Hashable, int] = {}
         self._known: dict[tuple[Node, int], int] = {}
+
+    def of_step(self, step: Step) -> Hashable:
+        """Of both operands besides the state."""
+        return self._near(step.decay, step.previous), self._near(step.added, step.previous)
+
+    def _near(self, value: Any, state: Any) -> Hashable:
+        if value is state:
+            return "state"
+        if isinstance(value, Inner):
+            return value.target, *(self._near(operand, state) for operand in value.args)
+        return self.of(value)
 
     def of(self, value: Any, depth: int = _SIGNATURE_DEPTH) -> Hashable:
         """A leaf itself, and a number for calls that are alike."""

@@ -19,11 +19,13 @@ from effopt.passes.canonicalize.shield_softmax import ShieldSoftmax
 from effopt.passes.canonicalize.spell_einsum import SpellEinsum
 from effopt.passes.canonicalize.spell_mask_buffers import SpellMaskBuffers
 from effopt.passes.canonicalize.spell_softmax import SpellSoftmax
+from effopt.passes.canonicalize.stack_before_pointwise import StackBeforePointwise
 
 PASSES: tuple[type[Pass], ...] = (
     SpellMaskBuffers,
     SpellEinsum,
     SpellSoftmax,
+    StackBeforePointwise,
     RecognizeAttention,
     RecognizeSDPACall,
     RecognizeLinearAttention,

@@ -8,12 +8,13 @@
 Exact up to reassociation and intermediate rounding; the state is carried in float32 or wider. The decay is
 none, a constant in (0, 1], `exp` of anything or `sigmoid` of anything, one for all, a head, a token or a
 channel of the key; a sigmoid is taken as its logarithm. Factors may be formed of all steps at once or in each
-step; the state is read after its update, from the first step to the last or back. The loop's length is that
-of the traced call. No training needed. Saves most of the graph (six calls a step) and the states between
-chunks of tokens.
+step; from the first step to the last or back. The state is a matrix for each head, or a normaliser's vector;
+it is read after its update or before it, with a bonus for the step's own key, by one query or several: an op
+each. The loop's length is that of the traced call. No training needed. Saves most of the graph (six calls a
+step) and the states between chunks of tokens.
 
 Source: Katharopoulos et al. 2020, arXiv:2006.16236, section 3.4; gates: Yang et al. 2023, arXiv:2312.06635,
-section 4.
+section 4; a bonus: Peng et al. 2024, arXiv:2404.05892.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effopt.graph import recurrent_attention_form
+from effopt.graph import recurrent_attention_call, recurrent_attention_form
 from effopt.graph.analyses.recurrences import Recurrence
 from effopt.graph.rewrite import Emit
 from effopt.passes.base import Example
@@ -50,8 +51,8 @@ class RecognizeRecurrentAttention(LoopPass):
     def read(self, found: Recurrence) -> Any:
         return recurrent_attention_form.read(found)
 
-    def write(self, emit: Emit, found: Recurrence, form: Any) -> tuple[Node, Node]:
-        return recurrent_attention_form.write(emit, found, form)
+    def write(self, emit: Emit, found: Recurrence, form: Any) -> tuple[Node, ...]:
+        return recurrent_attention_call.write(emit, found, form)
 
     def samples(self) -> Iterable[Example]:
         q, k, v, g = _inputs()
@@ -64,6 +65,8 @@ class RecognizeRecurrentAttention(LoopPass):
         )
         yield Example(_rows, (q, k, v, g[0, :, 0, 0], torch.randn(2, 3, 4, 5)))
         yield Example(lambda q, k, v: _einsums(q[:, 0], k[:, 0], v[:, 0]), (q, k, v))
+        yield Example(lambda q, k, v: _loop(q, k, v, read=lambda s, old: old), (q, k, v))
+        yield Example(_normaliser, (q, k))
 
     def refusals(self) -> Iterable[Example]:
         q, k, v, g = _inputs()
@@ -77,7 +80,8 @@ class RecognizeRecurrentAttention(LoopPass):
         yield Example(other, (q, k, v, g), "not one after the other")
         yield Example(_delta_rule, (q, k, v), "depends on the state")
         yield Example(lambda q, k, v: _loop(q, k, v, bend=torch.tanh), (q, k, v), "its state goes through")
-        yield Example(lambda q, k, v: _loop(q, k, v, before=True), (q, k, v), "before its own update")
+        both = lambda q, k, v: _loop(q, k, v, read=lambda s, old: s + old)  # noqa: E731
+        yield Example(both, (q, k, v), "before its own update and after it")
 
 
 def _inputs() -> tuple[Tensor, ...]:
@@ -86,7 +90,7 @@ def _inputs() -> tuple[Tensor, ...]:
 
 
 def _loop(
-    q: Tensor, k: Tensor, v: Tensor, decay: Step | None = None, bend: Step | None = None, before: bool = False
+    q: Tensor, k: Tensor, v: Tensor, decay: Step | None = None, bend: Step | None = None, read: Any = None
 ) -> Tensor:
     s, out = q.new_zeros(2, 3, 4, 5), []
     for t in range(q.shape[2]):
@@ -94,8 +98,17 @@ def _loop(
         s = s * decay(t) if decay else s
         s = s + k[:, :, t, :, None] * v[:, :, t, None]
         s = bend(s) if bend else s
-        out.append((q[:, :, t, :, None] * (old if before else s)).sum(-2))
+        out.append((q[:, :, t, :, None] * (read(s, old) if read else s)).sum(-2))
     return torch.stack(out, 2)
+
+
+def _normaliser(q: Tensor, k: Tensor) -> Tensor:
+    z: Any = 0.0
+    out = []
+    for t in range(q.shape[2]):
+        z = z + k[:, :, t]
+        out.append((q[:, :, t] * z).sum(-1))
+    return torch.stack(out, -1)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,72 @@ def constants(gamma: Tensor, *given: Tensor) -> Any:
     return looped(lambda s, kv, g, t: s * gamma[:, None, None] + kv)(*given)
 
 
+def flat(update: Body) -> Body:
+    """A loop of matrices without batch entries, by what a step makes of its state, key, value and gate."""
+
+    def loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Tensor:
+        q, k, v, g, s = (x.flatten(0, 1) for x in (q, k, v, g, s))
+        out = []
+        for t in range(T):
+            s = update(s, k[:, t, :, None], v[:, t, None], g[:, t, :, None])
+            out.append(torch.bmm(q[:, t, None], s))
+        return torch.cat(out, 1)
+
+    return loop
+
+
+def all_heads(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    s, out = torch.zeros_like(s[0, 0]), []
+    for t in range(T):
+        s = torch.addbmm(s, k[0, :, t, :, None], v[0, :, t, None])
+        out.append(q[0, 0, t] @ s)
+    return torch.stack(out)
+
+
+def running_maximum(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    """As RWKV-4 and xLSTM keep exponentials from overflowing."""
+    top, out = torch.zeros_like(g[:, :, 0]), []
+    for t in range(T):
+        higher = torch.maximum(top - 0.5, g[:, :, t])
+        s = s * (top - higher).exp()[..., None] + k[:, :, t, :, None] * v[:, :, t, None]
+        top = higher
+        out.append((q[:, :, t, :, None] * s).sum(-2))
+    return torch.stack(out, 2)
+
+
+def before_and_after(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    out = []
+    for t in range(T):
+        old, s = s, gated(s, k[:, :, t, :, None] * v[:, :, t, None], g, t)
+        out.append((q[:, :, t, :, None] * (s + old)).sum(-2))
+    return torch.stack(out, 2)
+
+
+def early(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor, bonus: Body, keeps: bool = False) -> Any:
+    """The last step reads, and does not update."""
+    out = []
+    for t in range(T):
+        kv = k[:, :, t, :, None] * v[:, :, t, None]
+        out.append((q[:, :, t, :, None] * (s + bonus(kv, k[:, :, t]))).sum(-2))
+        s = gated(s, kv, g, t) if t < T - 1 else s
+    return [torch.stack(out, 2), s] if keeps else torch.stack(out, 2)
+
+
+def later_gates(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    later = g[:, :, 1:].sigmoid()
+    return looped(lambda s, kv, _, t: s * later[:, :, t - 1, :, None] + kv if t else kv)(q, k, v, g, s)
+
+
+def vector_gates(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor, read: Body = lambda z, q: (q * z).sum(-1)
+) -> Tensor:
+    z, out = s[..., 0], []
+    for t in range(T):
+        z = z * g[:, :, t].sigmoid() + k[:, :, t]
+        out.append(read(z, q[:, :, t]))
+    return torch.stack(out, 2)
+
+
 REFUSED: dict[str, tuple[Body, str]] = {
     "a gate that may be above 1": (
         looped(lambda s, kv, g, t: s * g[:, :, t, :, None].tanh() + kv),
@@ -75,8 +141,72 @@ REFUSED: dict[str, tuple[Body, str]] = {
         "multiply the factors first",
     ),
     "a normalised state": (
-        looped(lambda s, kv, g, t: (s + kv) / 2.5),
-        "its state goes through",
+        looped(lambda s, kv, g, t: (new := s + kv) / new.norm()),
+        "depends on the state",
+    ),
+    "divided by what may be anything": (
+        looped(lambda s, kv, g, t: s / g[:, :, t, :, None] + kv),
+        "is not known to be in (0, 1]",
+    ),
+    "divided by less than 1": (
+        looped(lambda s, kv, g, t: s / 0.5 + kv),
+        "its decay is 2.0: it grows",
+    ),
+    "drawn to the product by any weight": (
+        looped(lambda s, kv, g, t: torch.lerp(s, kv, g[:, :, t, :, None])),
+        "is not known to be in (0, 1]",
+    ),
+    "drawn away from the product": (
+        looped(lambda s, kv, g, t: torch.lerp(s, kv, 1.5)),
+        "its decay is -0.5: it has no logarithm",
+    ),
+    "a product of the state": (
+        looped(lambda s, kv, g, t: torch.addcmul(s, s, kv)),
+        "depends on the state",
+    ),
+    "a state that is forgotten": (
+        flat(lambda s, k, v, g: torch.baddbmm(s, k, v, beta=0)),
+        "its decay is 0.0: it has no logarithm",
+    ),
+    "a delta rule": (
+        flat(lambda s, k, v, g: torch.baddbmm(s, k, v - k.mT @ s)),
+        "depends on the state",
+    ),
+    "a product of matrices": (
+        flat(lambda s, k, v, g: torch.baddbmm(s, k.expand(-1, -1, 2), v.expand(-1, 2, -1))),
+        "no product of a key and a value",
+    ),
+    "products of all heads": (
+        all_heads,
+        "no product of a key and a value",
+    ),
+    "a running maximum": (
+        running_maximum,
+        "which another step computes besides the state",
+    ),
+    "the state before and after its update in one read-out": (
+        before_and_after,
+        "before its own update and after it in one read-out",
+    ),
+    "a last state that the last step does not update": (
+        lambda *x: early(*x, bonus=lambda kv, k: kv, keeps=True),
+        "its last step only reads the state",
+    ),
+    "a bonus that is no product": (
+        lambda *x: early(*x, bonus=lambda kv, k: k[..., None].exp()),
+        "no product of a key and a value",
+    ),
+    "gates for all steps but the first": (
+        later_gates,
+        "has places for the others alone: start from zeros",
+    ),
+    "a vector with gates of channels": (
+        vector_gates,
+        "its state is one vector a head: append ones to the value",
+    ),
+    "a vector that is collected": (
+        lambda q, k, v, g, s: vector_gates(q, k, v, g, s, lambda z, q: z),
+        "no query is multiplied by them",
     ),
     "a softmax in each step": (
         looped(lambda s, kv, g, t: s * g[:, :, t].softmax(-1).unsqueeze(-1).exp() + kv),
@@ -95,7 +225,7 @@ REFUSED: dict[str, tuple[Body, str]] = {
         "in opposite directions",
     ),
     "another first step": (
-        looped(lambda s, kv, g, t: s * g[:, :, t, :, None].sigmoid() + kv if t else kv),
+        looped(lambda s, kv, g, t: s * g[:, :, t, :, None].sigmoid() + kv if t else 2 * kv),
         "start from zeros, in the form of the other steps",
     ),
     "a state that is kept": (
@@ -110,7 +240,7 @@ def test_look_alikes_are_refused_with_a_reason(name: str) -> None:
     loop, reason = REFUSED[name]
     given = inputs()
     with torch.no_grad():
-        got, report = run_compiled(loop, *given, pipeline=NAME)
+        got, report = run_compiled(loop, *given, pipeline=f"{NAME},recognize-selective-scan")
         want = loop(*given)
     assert report.ops["linear_attention"] == 0
     assert not report.faults
