@@ -28,7 +28,10 @@ def chunk_for(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class LinearCall:
-    """One checked call of the op: rows of unit stride, decay `[b, h, t]` of any strides, or None."""
+    """One checked call of the op: rows of unit stride, decay `[b, h, t]` of any strides, or None.
+
+    A gate for each channel is a decay `[b, h, t, d]`, of unit stride too.
+    """
 
     query: Tensor
     key: Tensor
@@ -36,6 +39,11 @@ class LinearCall:
     decay: Tensor | None
     state: Tensor | None
     scale: float
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether channels decay differently."""
+        return self.decay is not None and self.decay.dim() == 4
 
     @property
     def chunk(self) -> int:
@@ -65,7 +73,7 @@ class LinearCall:
 
     def decay_strides(self) -> tuple[int, int, int]:
         """Elements from one decay to the next, by batch entry, head and token."""
-        return (0, 0, 0) if self.decay is None else self.decay.stride()  # type: ignore[return-value]
+        return (0, 0, 0) if self.decay is None else self.decay.stride()[:3]  # type: ignore[return-value]
 
     def options(self) -> dict[str, Any]:
         """Constants that all kernels are compiled for."""
@@ -102,10 +110,17 @@ def checked(
     if len({x.dtype for x in (query, key, value)}) > 1 or query.dtype == torch.float64:
         raise TypeError(f"query, key and value: expected one dtype up to float32, got {query.dtype}")
     if decay is not None:
-        decay = decay.view(1, h, 1).expand(b, h, t) if decay.dim() == 1 else decay
-        if tuple(decay.shape) != (b, h, t):
-            raise ValueError(f"decay: expected [h] or [b, h, t], got {list(decay.shape)}")
+        decay = decay.view(1, h, 1).expand(b, h, t) if tuple(decay.shape) == (h,) else decay
+        if tuple(decay.shape) not in ((b, h, t), (b, h, t, d)):
+            raise ValueError(f"decay: expected [h], [b, h, t] or [b, h, t, d], got {list(decay.shape)}")
+        if decay.dim() == 4:
+            decay = decay.squeeze(-1) if d == 1 else rows_of(decay)
     if state is not None and tuple(state.shape) != (b, h, d, value.shape[-1]):
         raise ValueError(f"state: expected [b, h, d, dv], got {list(state.shape)}")
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = map(rows_of, (query, key, value))
     return LinearCall(query, key, value, decay, None if state is None else state.contiguous(), scale)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x`, or a copy of it if its rows have gaps."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -15,6 +15,8 @@ from effopt.backends.triton import (
     linear_attention,
     linear_attention_backward,
     linear_attention_call,
+    linear_attention_channels,
+    linear_attention_step,
     quantized_linear,
     rms_norm,
     rope,
@@ -139,6 +141,7 @@ def linear_attention_cases() -> Iterator[Case]:
         chunk = call.chunk_for(DTYPES[dtype])
         options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "BLOCK_DV": call.VALUES, "CHUNK": chunk}
         options |= {"DOT": wide, "WIDE": wide, "num_warps": call.WARPS, "num_stages": call.STAGES}
+        options |= {"BY_CHANNEL": False}
         tail = f"{dtype}-{head}"
         for reverse in (False, True):
             name = f"linear_attention-states-{tail}" + "-reverse" * reverse
@@ -149,6 +152,31 @@ def linear_attention_cases() -> Iterator[Case]:
         yield f"linear_attention-gradient-{tail}", backward.gradient_kernel, dtype, options
 
 
+def channel_gate_cases(dtype: str, of_backward: bool) -> Iterator[Case]:
+    """Gates of channels at heads of 128; `of_backward`: the kernels of the forward pass turned, alone."""
+    call, channels = linear_attention_call, linear_attention_channels
+    wide, chunk = tl.bfloat16 if dtype == "bf16" else tl.float32, call.chunk_for(DTYPES[dtype])
+    options = {"SCALE": 0.125, "HEAD": 128, "CHUNK": chunk, "WIDE": wide, "DOT": wide, "BY_CHANNEL": True}
+    options |= {"LEVELS": chunk.bit_length() - 1, "num_warps": call.WARPS, "num_stages": call.STAGES}
+    options |= {"REVERSE": of_backward, "types": {"p_decay": "*fp32"}}
+    state = {"BLOCK_D": channels.STATE_CHANNELS, "BLOCK_DV": call.VALUES, "num_warps": channels.STATE_WARPS}
+    tile = {"BLOCK_D": channels.CHANNELS, "BLOCK_DV": channels.columns_for(DTYPES[dtype], 128)}
+    tail = f"{dtype}-channel" + "-reverse" * of_backward
+    yield f"linear_attention-states-{tail}", linear_attention.states_kernel, dtype, options | state
+    yield f"linear_attention-chunk-{tail}", channels.channel_chunk_kernel, dtype, options | tile
+    if not of_backward:
+        tile |= {"BLOCK_DV": channels.GRADIENT_VALUES, "num_warps": channels.GRADIENT_WARPS}
+        yield f"linear_attention-gradient-{tail}", channels.channel_gradient_kernel, dtype, options | tile
+        step = {"BLOCK_D": 128, "BLOCK_DV": linear_attention_step.COLUMNS}
+        yield f"linear_attention-step-{tail}", linear_attention_step.step_kernel, dtype, options | step
+
+
+def more_channel_gate_cases() -> Iterator[Case]:
+    yield from channel_gate_cases("bf16", of_backward=True)
+    yield from channel_gate_cases("fp32", of_backward=False)
+    yield from channel_gate_cases("fp32", of_backward=True)
+
+
 ROW_CASES = tuple(row_cases())
 MATRIX_CASES = (
     *(*quantized_linear_cases(), *int8_linear_cases(), *attention_cases()),
@@ -157,13 +185,14 @@ MATRIX_CASES = (
         *paged_cases(),
         *scan_cases(),
         *linear_attention_cases(),
+        *channel_gate_cases("bf16", of_backward=False),
         *attention_gradient_cases(),
     ),
 )
 MORE_CASES = {
     f"more-{case[0]}": case
     for case in (
-        *(*more_row_cases(), *quantized_linear_cases(is_more=True)),
+        *(*more_row_cases(), *quantized_linear_cases(is_more=True), *more_channel_gate_cases()),
         *(*more_attention_cases(), *more_attention_gradient_cases(), *more_paged_cases()),
     )
 }
