@@ -8,6 +8,9 @@ and `chunk_kernel` takes all chunks side by side:
 
     out = (query key^T * decay between them, causal) value + (query * decay since the chunk began) state
 
+Gates of channels are in linear_attention_channels.py, and a single token, as in decoding, in
+linear_attention_step.py.
+
 Reads query, key and value once or twice, and writes and reads one float32 state for each chunk, which is
 d * dv / 32 numbers a token. Accumulates in float32. Logarithms of decay are summed and never subtracted: a
 decay of -inf gives no NaN, and a strong one takes no digits of a weak one behind it. Values of a chunk that

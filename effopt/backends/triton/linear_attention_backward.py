@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.backends.base import Lowering
+from effopt.backends.triton import linear_attention_step
 from effopt.backends.triton.attention_scores import load_lines
 from effopt.backends.triton.attention_tiles import UNMEASURED
 from effopt.backends.triton.linear_attention import (
@@ -43,7 +44,8 @@ from effopt.graph.ops.base import Operands, hint, tensor_bytes
 from effopt.target import Target
 
 MAX_HEAD = 128
-"""Longest query and key: a program of the backward pass holds four tiles of a chunk's rows."""
+"""Longest query and key: a program of the backward pass holds four tiles of a chunk's rows. With gates of
+channels it takes them in blocks, and only a decode step holds all."""
 GRADIENT_VALUES = 16
 """Columns of a state in one step of that pass: twice as many spill registers on sm_80 and sm_90."""
 
@@ -187,8 +189,18 @@ def linear_attention(
     return linear_attention_forward(query, key, value, decay, state, scale)
 
 
+def _is_by_channel(operands: Operands) -> bool:
+    """Whether channels decay differently."""
+    decay = operands["decay"]
+    return decay is not None and decay.dim() == 4 and decay.shape[-1] != 1
+
+
+def _same_sizes(a: Tensor, b: Tensor) -> bool:
+    return all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
+
+
 def _supports(target: Target, operands: Operands) -> str | None:
-    query, key, value = (operands[name] for name in ("query", "key", "value"))
+    query, key, value, decay = (operands[name] for name in ("query", "key", "value", "decay"))
     reason = refusal(target, {n: operands[n] for n in ("query", "key", "value", "decay", "state")})
     reason = reason or alike_refusal("key", key, "query", query)
     if reason is not None:
@@ -198,8 +210,11 @@ def _supports(target: Target, operands: Operands) -> str | None:
     sizes = (query.shape[-1], value.shape[-1])
     if not all(isinstance(n, int) for n in sizes):
         return f"head sizes {list(sizes)} are symbolic, and the tile is chosen from numbers"
-    if query.shape[-1] > MAX_HEAD:
-        return f"query has heads of {query.shape[-1]}, and one program holds at most {MAX_HEAD}"
+    if decay is not None and decay.dim() == 4 and not _same_sizes(decay, query):
+        return f"decay is {list(decay.shape)}, and the kernel wants that of the query, {list(query.shape)}"
+    longest = linear_attention_step.MAX_HEAD if _is_by_channel(operands) else MAX_HEAD
+    if query.shape[-1] > longest:
+        return f"query has heads of {query.shape[-1]}, and one program holds at most {longest}"
     state = operands["state"]
     sized = state is None or statically_known_true(state.shape[-1] == value.shape[-1])
     return None if sized else f"state is {list(state.shape)}, which does not end in the value's {sizes[1]}"
@@ -217,8 +232,7 @@ def _cost(target: Target, operands: Operands, result: Any) -> float:
     work = 4.0 * b * h * t * d * dv
     if t > 1:
         chunk, launches = chunk_for(query.dtype), 2
-        by_channel = decay is not None and decay.dim() == 4 and d > 1
-        pairs = pair_flops(chunk, d, dv, query.dtype) if by_channel else 2.0 * chunk * d
+        pairs = pair_flops(chunk, d, dv, query.dtype) if _is_by_channel(operands) else 2.0 * chunk * d
         work += b * h * t * (pairs + 2.0 * chunk * dv)
         moved += tensor_bytes((key, value, decay)) + 8.0 * b * h * triton.cdiv(t, chunk) * d * dv
     return UNMEASURED * max(moved / target.bytes_per_s, work / target.flops_per_s) + launches * LAUNCH_S

@@ -17,6 +17,8 @@ from torch import Tensor
 from effopt.backends.triton.linear_attention_call import WARPS, LinearCall
 from effopt.backends.triton.rows import launch
 
+MAX_HEAD = 256
+"""Longest query and key: a program holds whole columns, and with 512 channels spills 80 bytes on sm_80."""
 COLUMNS = 16
 """Columns of a state in a program: few, so that one sequence of 32 heads of 128 makes 256 programs."""
 

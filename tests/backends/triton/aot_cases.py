@@ -153,7 +153,7 @@ def linear_attention_cases() -> Iterator[Case]:
 
 
 def channel_gate_cases(dtype: str, of_backward: bool) -> Iterator[Case]:
-    """Gates of channels at heads of 128; `of_backward`: the kernels of the forward pass turned, alone."""
+    """Gates of channels, in tiles of any head; `of_backward`: the two kernels of both passes, turned."""
     call, channels = linear_attention_call, linear_attention_channels
     wide, chunk = tl.bfloat16 if dtype == "bf16" else tl.float32, call.chunk_for(DTYPES[dtype])
     options = {"SCALE": 0.125, "HEAD": 128, "CHUNK": chunk, "WIDE": wide, "DOT": wide, "BY_CHANNEL": True}
@@ -167,7 +167,8 @@ def channel_gate_cases(dtype: str, of_backward: bool) -> Iterator[Case]:
     if not of_backward:
         tile |= {"BLOCK_DV": channels.GRADIENT_VALUES, "num_warps": channels.GRADIENT_WARPS}
         yield f"linear_attention-gradient-{tail}", channels.channel_gradient_kernel, dtype, options | tile
-        step = {"BLOCK_D": 128, "BLOCK_DV": linear_attention_step.COLUMNS}
+        step = dict.fromkeys(("HEAD", "BLOCK_D"), linear_attention_step.MAX_HEAD)
+        step |= {"BLOCK_DV": linear_attention_step.COLUMNS}
         yield f"linear_attention-step-{tail}", linear_attention_step.step_kernel, dtype, options | step
 
 

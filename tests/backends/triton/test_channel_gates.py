@@ -50,6 +50,12 @@ def test_two_blocks_of_columns(device: torch.device) -> None:
     assert_values(LINEAR_ATTENTION, call_of(torch.float32, device, 17, 16, dv, "channel", True, b=1))
 
 
+@pytest.mark.parametrize("t", [1, 3])
+def test_long_heads(t: int, device: torch.device) -> None:
+    """Longer than with other decays, which hold all channels at once."""
+    assert_values(LINEAR_ATTENTION, call_of(torch.float32, device, t, 130, 5, "channel", True, b=1))
+
+
 @pytest.mark.parametrize("strong", [-math.inf, -3000.0])
 def test_strong_gates_take_no_digits_of_weak_ones(strong: float, device: torch.device) -> None:
     """Beside steps of 1e-3, in some channels and at some tokens; -30 leaves what float32 still has."""
@@ -181,6 +187,24 @@ def bound_of(b: int, t: int, d: int, by_channel: bool) -> Any:
     state = torch.empty(b, 32, d, d, device="meta") if t == 1 else None
     operands = ops.linear_attention.bind((q, q, q), {"scale": 1.0, "decay": decay, "state": state})
     return operands, (q, torch.empty(b, 32, d, d, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("d", "by_channel", "reason"), [(256, True, None), (257, True, 256), (256, False, 128)]
+)
+def test_longest_heads(d: int, by_channel: bool, reason: int | None) -> None:
+    found = LINEAR_ATTENTION.supports(H100, bound_of(1, 64, d, by_channel)[0])
+    wanted = f"query has heads of {d}, and one program holds at most {reason}"
+    assert found == (wanted if reason else None)
+
+
+def test_gates_that_channels_share_are_refused() -> None:
+    """As `[b, h, t, 1]`, which is a gate a token."""
+    operands, _ = bound_of(1, 64, 16, by_channel=True)
+    shared = {**operands, "decay": operands["decay"][..., :1]}
+    assert LINEAR_ATTENTION.supports(H100, operands) is None
+    reason = "decay is [1, 32, 64, 1], and the kernel wants that of the query, [1, 32, 64, 16]"
+    assert LINEAR_ATTENTION.supports(H100, shared) == reason
 
 
 def test_predictions() -> None:
