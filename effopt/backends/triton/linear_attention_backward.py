@@ -231,8 +231,9 @@ def _cost(target: Target, operands: Operands, result: Any) -> float:
     moved, launches = ops.linear_attention.bytes_moved(operands, result), 1
     work = 4.0 * b * h * t * d * dv
     if t > 1:
-        chunk, launches = chunk_for(query.dtype), 2
-        pairs = pair_flops(chunk, d, dv, query.dtype) if _is_by_channel(operands) else 2.0 * chunk * d
+        by_channel, launches = _is_by_channel(operands), 2
+        chunk = chunk_for(query.dtype, by_channel)
+        pairs = pair_flops(chunk, d, dv, query.dtype) if by_channel else 2.0 * chunk * d
         work += b * h * t * (pairs + 2.0 * chunk * dv)
         moved += tensor_bytes((key, value, decay)) + 8.0 * b * h * triton.cdiv(t, chunk) * d * dv
     return UNMEASURED * max(moved / target.bytes_per_s, work / target.flops_per_s) + launches * LAUNCH_S

@@ -44,14 +44,15 @@ sm_80, sm_90 and sm_100, and the forward pass in float32 408 on sm_90 (ptxas of 
 STATE_CHANNELS, STATE_WARPS = 64, 8
 """And one that carries a state; with half of the warps it spills up to 64 bytes on sm_90 in bfloat16."""
 COLUMNS, COLUMNS_FLOAT32 = 128, 64
-"""Columns of the value in a program of the forward pass, which weighs all pairs of its chunk again."""
+"""Columns of the value in a program of the forward pass, which weighs all pairs of its chunk again; and where
+products are of float32."""
 GRADIENT_VALUES, GRADIENT_WARPS = 32, 2
 """Columns in one step of the backward pass, whose tiles are two warps' products."""
 
 
 def columns_for(dtype: torch.dtype, dv: int) -> int:
     """Columns of the value in a program of the forward pass."""
-    most = COLUMNS_FLOAT32 if dtype == torch.float32 else COLUMNS
+    most = COLUMNS if dtype == torch.bfloat16 else COLUMNS_FLOAT32
     return min(most, max(16, triton.next_power_of_2(dv)))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+import torch
 import triton.language as tl
 
 from effopt.backends.triton import (
@@ -138,7 +139,7 @@ def linear_attention_cases() -> Iterator[Case]:
     forward, backward, call = linear_attention, linear_attention_backward, linear_attention_call
     for dtype, head in (("bf16", 128), ("fp32", 64)):
         wide = tl.bfloat16 if dtype == "bf16" else tl.float32
-        chunk = call.chunk_for(DTYPES[dtype])
+        chunk = call.chunk_for(DTYPES[dtype], by_channel=False)
         options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "BLOCK_DV": call.VALUES, "CHUNK": chunk}
         options |= {"DOT": wide, "WIDE": wide, "num_warps": call.WARPS, "num_stages": call.STAGES}
         options |= {"BY_CHANNEL": False}
@@ -155,12 +156,13 @@ def linear_attention_cases() -> Iterator[Case]:
 def channel_gate_cases(dtype: str, of_backward: bool) -> Iterator[Case]:
     """Gates of channels, in tiles of any head; `of_backward`: the two kernels of both passes, turned."""
     call, channels = linear_attention_call, linear_attention_channels
-    wide, chunk = tl.bfloat16 if dtype == "bf16" else tl.float32, call.chunk_for(DTYPES[dtype])
+    of = DTYPES | {"fp16": torch.float16}
+    wide, chunk = tl.bfloat16 if dtype == "bf16" else tl.float32, call.chunk_for(of[dtype], by_channel=True)
     options = {"SCALE": 0.125, "HEAD": 128, "CHUNK": chunk, "WIDE": wide, "DOT": wide, "BY_CHANNEL": True}
     options |= {"LEVELS": chunk.bit_length() - 1, "num_warps": call.WARPS, "num_stages": call.STAGES}
     options |= {"REVERSE": of_backward, "types": {"p_decay": "*fp32"}}
     state = {"BLOCK_D": channels.STATE_CHANNELS, "BLOCK_DV": call.VALUES, "num_warps": channels.STATE_WARPS}
-    tile = {"BLOCK_D": channels.CHANNELS, "BLOCK_DV": channels.columns_for(DTYPES[dtype], 128)}
+    tile = {"BLOCK_D": channels.CHANNELS, "BLOCK_DV": channels.columns_for(of[dtype], 128)}
     tail = f"{dtype}-channel" + "-reverse" * of_backward
     yield f"linear_attention-states-{tail}", linear_attention.states_kernel, dtype, options | state
     yield f"linear_attention-chunk-{tail}", channels.channel_chunk_kernel, dtype, options | tile
@@ -176,6 +178,7 @@ def more_channel_gate_cases() -> Iterator[Case]:
     yield from channel_gate_cases("bf16", of_backward=True)
     yield from channel_gate_cases("fp32", of_backward=False)
     yield from channel_gate_cases("fp32", of_backward=True)
+    yield from channel_gate_cases("fp16", of_backward=False)
 
 
 ROW_CASES = tuple(row_cases())
