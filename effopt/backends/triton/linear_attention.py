@@ -8,6 +8,9 @@ and `chunk_kernel` takes all chunks side by side:
 
     out = (query key^T * decay between them, causal) value + (query * decay since the chunk began) state
 
+Gates of channels are in linear_attention_channels.py, and a single token, as in decoding, in
+linear_attention_step.py.
+
 Reads key and value twice and the query once, and writes and reads one state for each chunk, in what products
 read it in: d * dv / 64 numbers a token in bfloat16. Accumulates in float32. Logarithms of decay are summed
 and never subtracted: a decay of -inf gives no NaN, and a strong one takes no digits of a weak one behind it.
@@ -29,38 +32,30 @@ from torch import Tensor
 from effopt.backends.triton.attention_scores import load_lines
 from effopt.backends.triton.linear_attention_call import (
     CHUNK_VALUES,
+    STAGES,
     STATE_STAGES,
     STATE_VALUES,
     LinearCall,
     checked,
+)
+from effopt.backends.triton.linear_attention_channels import STATE_CHANNELS, STATE_WARPS, run_channel_chunks
+from effopt.backends.triton.linear_attention_step import run_step
+from effopt.backends.triton.linear_attention_tiles import (
+    between_block,
+    end_block,
+    left_block,
+    load_gates,
+    store_weighed,
 )
 from effopt.backends.triton.rows import launch
 from effopt.graph import ops
 
 
 @triton.jit
-def between_block(b_decay, CHUNK: tl.constexpr):
-    """Decay between tokens of a chunk `[query, key]`, 1 ahead of the query."""
-    o_row = tl.arange(0, CHUNK)
-    b_later = tl.where(o_row[:, None] > o_row[None, :], b_decay[:, None], 0.0)
-    return tl.exp(tl.cumsum(b_later, axis=0))
-
-
-@triton.jit
-def end_block(p_gate, stride, m_t, CHUNK: tl.constexpr):
-    """Decay from each token of a chunk to its end `[key]`: that of the tokens behind it, its own left out."""
-    o_row = tl.arange(0, CHUNK)
-    # m_t of the token behind is m_t with one row fewer: rows that are there come first.
-    m_behind = o_row + 1 < tl.sum(m_t.to(tl.int32), axis=0)
-    b_behind = tl.load(p_gate + stride, mask=m_behind, other=0.0).to(tl.float32)
-    return tl.exp(tl.cumsum(b_behind, axis=0, reverse=True))
-
-
-@triton.jit
 def states_kernel(
     p_x, p_y, p_decay, p_first, p_states, p_last, x_strides, y_strides, decay_strides, h, t, dv,
-    SCALE: tl.constexpr, REVERSE: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
+    SCALE: tl.constexpr, REVERSE: tl.constexpr, BY_CHANNEL: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The state before each chunk. REVERSE: the gradient of the state behind it, from the last to the first.
 
@@ -68,9 +63,13 @@ def states_kernel(
     """
     blocks = tl.cdiv(dv, BLOCK_DV)
     i_line, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    i_first = 0
+    if BLOCK_D < HEAD:
+        i_first = (i_line % tl.cdiv(HEAD, BLOCK_D)).to(tl.int32) * BLOCK_D
+        i_line = i_line // tl.cdiv(HEAD, BLOCK_D)
     i_b, i_h = i_line // h, i_line % h
     chunks = tl.cdiv(t, CHUNK)
-    o_d, o_dv = tl.arange(0, BLOCK_D), i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    o_d, o_dv = i_first + tl.arange(0, BLOCK_D), i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
     m_state = (o_d < HEAD)[:, None] & (o_dv < dv)[None, :]
     o_state = o_d.to(tl.int64)[:, None] * dv + o_dv[None, :]
     p_x += i_b * x_strides[0] + i_h * x_strides[1]
@@ -89,7 +88,13 @@ def states_kernel(
         p_tile = p_y + o_far[:, None] * y_strides[2] + o_dv[None, :] * y_strides[3]
         # The narrower of the two is scaled: the other goes to the product as it was loaded.
         b_y = tl.load(p_tile, mask=m_y, other=0.0).to(tl.float32) * SCALE
-        if p_decay is not None:
+        if BY_CHANNEL:
+            p_gate = p_decay + i_b * decay_strides[0] + i_h * decay_strides[1]
+            b_gate, b_behind = load_gates(p_gate, i_chunk, o_d, t, decay_strides[2], HEAD, CHUNK)
+            b_since, b_until = left_block(b_gate, b_behind, CHUNK)
+            b_x = b_x.to(tl.float32) * (b_since if REVERSE else b_until)
+            b_state *= tl.exp(tl.sum(b_gate, axis=0))[:, None]
+        elif p_decay is not None:
             p_gate = p_decay + i_b * decay_strides[0] + i_h * decay_strides[1] + o_far * decay_strides[2]
             b_decay = tl.load(p_gate, mask=m_t, other=0.0).to(tl.float32)
             if REVERSE:
@@ -119,7 +124,7 @@ def chunk_kernel(
     i_b, i_h = i_line // h, i_line % h
     o_t, o_d = i_chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
     o_dv = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    m_t, o_far, m_dv = o_t < t, o_t.to(tl.int64), (o_dv < dv)[None, :]
+    m_t, o_far = o_t < t, o_t.to(tl.int64)
     p_query += i_b * query_strides[0] + i_h * query_strides[1]
     p_key += i_b * key_strides[0] + i_h * key_strides[1]
     p_value += i_b * value_strides[0] + i_h * value_strides[1]
@@ -143,21 +148,12 @@ def chunk_kernel(
     o_row = tl.arange(0, CHUNK)
     o_query, o_key = o_row[:, None], o_row[None, :]
     b_weight = tl.where((o_query <= o_key) if REVERSE else (o_query >= o_key), b_weight, 0.0)
-    p_tile = p_value + o_far[:, None] * value_strides[2] + o_dv[None, :] * value_strides[3]
-    b_value = tl.load(p_tile, mask=m_t[:, None] & m_dv, other=0.0)
-    b_out = tl.zeros([CHUNK, BLOCK_DV], tl.float32)
-    if not REVERSE:
-        # 0 * infinity is NaN: a value that is not finite is taken out, and its columns are NaN from it on.
-        m_finite = tl.abs(b_value.to(tl.float32)) < float("inf")
-        o_spoilt = tl.min(tl.where(m_finite, CHUNK, o_row[:, None]), axis=0)
-        b_value = tl.where(m_finite, b_value, 0.0)
-        b_out = tl.where(o_row[:, None] >= o_spoilt[None, :], float("nan"), b_out)
-    b_out = tl.dot(b_weight.to(WIDE), b_value.to(WIDE), b_out, input_precision="ieee")
     p_state = p_states + (i_line * chunks + i_chunk) * HEAD * dv + o_d[:, None] * dv + o_dv[None, :]
-    b_state = tl.load(p_state, mask=(o_d < HEAD)[:, None] & m_dv, other=0.0)
-    b_out = tl.dot(b_past.to(WIDE), b_state.to(WIDE), b_out, input_precision="ieee")
-    p_tile = p_out + (i_line * t + o_far)[:, None] * dv + o_dv[None, :]
-    tl.store(p_tile, b_out.to(p_out.dtype.element_ty), mask=m_t[:, None] & m_dv)
+    b_state = tl.load(p_state, mask=(o_d < HEAD)[:, None] & (o_dv < dv)[None, :], other=0.0)
+    b_out = tl.dot(b_past.to(WIDE), b_state.to(WIDE), input_precision="ieee")
+    store_weighed(
+        b_out, b_weight, p_value, p_out + i_line * t * dv, o_t, o_dv, m_t, dv, value_strides, REVERSE, WIDE
+    )
 
 
 def states_of(call: LinearCall) -> tuple[Tensor, Tensor]:
@@ -173,11 +169,14 @@ def run_states(
 ) -> None:
     """Launch the kernel that carries a state; `how` are its SCALE and REVERSE."""
     columns = call.columns(STATE_VALUES)
-    options = {**call.options(columns), **how, "num_stages": STATE_STAGES}
+    options = {**call.options(columns), **how, "BY_CHANNEL": call.by_channel, "num_stages": STATE_STAGES}
     del options["DOT"]
+    if call.by_channel:
+        block = min(STATE_CHANNELS, options["BLOCK_D"])
+        options |= {"BLOCK_D": block, "num_warps": STATE_WARPS, "num_stages": STAGES}
     launch(
         states_kernel,
-        call.programs(columns),
+        call.programs(columns) * triton.cdiv(call.query.shape[-1], options["BLOCK_D"]),
         x,
         *(x, y, call.decay, first, states, last),
         *(x.stride(), y.stride(), call.decay_strides()),
@@ -191,6 +190,8 @@ def run_chunks(
     call: LinearCall, operands: tuple[Tensor, Tensor, Tensor], states: Tensor, out: Tensor, reverse: bool
 ) -> None:
     """Launch the kernel that takes all chunks side by side; `out` is contiguous."""
+    if call.by_channel:
+        return run_channel_chunks(call, operands, states, out, reverse)
     columns = call.columns(CHUNK_VALUES)
     launch(
         chunk_kernel,
@@ -223,6 +224,8 @@ def linear_attention_forward(*given: Any) -> tuple[Tensor, Tensor]:
     out = call.query.new_empty((*call.query.shape[:-1], call.value.shape[-1]))
     if out.numel() == 0:
         return empty_result(call, out)
+    if call.query.shape[2] == 1:
+        return out, run_step(call, out)
     states, last = states_of(call)
     run_chunks(call, (call.query, call.key, call.value), states, out, reverse=False)
     return out, last

@@ -26,24 +26,26 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.backends.base import Lowering
+from effopt.backends.triton import linear_attention_step
 from effopt.backends.triton.attention_scores import load_lines
 from effopt.backends.triton.attention_tiles import UNMEASURED
 from effopt.backends.triton.linear_attention import (
-    between_block,
-    end_block,
     linear_attention_forward,
     run_chunks,
     run_states,
     states_of,
 )
-from effopt.backends.triton.linear_attention_call import CHUNKS, WARPS, checked, width
+from effopt.backends.triton.linear_attention_call import WARPS, LinearCall, checked, chunk_for, width
+from effopt.backends.triton.linear_attention_channels import pair_flops, run_channel_gradients
+from effopt.backends.triton.linear_attention_tiles import between_block, end_block, gradient_products
 from effopt.backends.triton.rows import LAUNCH_S, alike_refusal, launch, refusal
 from effopt.graph import ops
-from effopt.graph.ops.base import Operands, hint
+from effopt.graph.ops.base import Operands, hint, tensor_bytes
 from effopt.target import Target
 
 MAX_HEAD = 128
-"""Longest query and key: a program of the backward pass holds four tiles of a chunk's rows."""
+"""Longest query and key: a program of the backward pass holds four tiles of a chunk's rows. With gates of
+channels it takes them in blocks, and only a decode step holds all."""
 GRADIENT_VALUES, GRADIENT_WARPS = 32, 8
 """Columns of a state in one step of that pass, and warps that hold its four tiles without spilling."""
 GRADIENT_VALUES_FLOAT32 = 16
@@ -67,27 +69,11 @@ def gradient_kernel(
     p_query += i_b * query_strides[0] + i_h * query_strides[1]
     p_key += i_b * key_strides[0] + i_h * key_strides[1]
     p_value += i_b * value_strides[0] + i_h * value_strides[1]
-    b_pairs = tl.zeros([CHUNK, CHUNK], tl.float32)
-    b_dquery = tl.zeros([CHUNK, BLOCK_D], tl.float32)
-    b_dkey = tl.zeros([CHUNK, BLOCK_D], tl.float32)
-    b_through = tl.zeros([BLOCK_D], tl.float32)
-    p_states += (i_line * chunks + i_chunk) * HEAD * dv
-    p_dstates += (i_line * chunks + i_chunk) * HEAD * dv
-    for i in tl.range(0, tl.cdiv(dv, BLOCK_DV)):
-        o_dv = i * BLOCK_DV + tl.arange(0, BLOCK_DV)
-        m_dv = (o_dv < dv)[None, :]
-        m_tile, m_state = m_t[:, None] & m_dv, (o_d < HEAD)[:, None] & m_dv
-        p_tile = p_grad + o_far[:, None] * grad_strides[2] + o_dv[None, :] * grad_strides[3]
-        b_grad = tl.load(p_tile, mask=m_tile, other=0.0).to(WIDE)
-        p_tile = p_value + o_far[:, None] * value_strides[2] + o_dv[None, :] * value_strides[3]
-        b_value = tl.load(p_tile, mask=m_tile, other=0.0).to(WIDE)
-        o_state = o_d[:, None] * dv + o_dv[None, :]
-        b_state = tl.load(p_states + o_state, mask=m_state, other=0.0)
-        b_dstate = tl.load(p_dstates + o_state, mask=m_state, other=0.0)
-        b_through += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), axis=1)
-        b_pairs = tl.dot(b_grad, tl.trans(b_value), b_pairs, input_precision="ieee")
-        b_dquery = tl.dot(b_grad, tl.trans(b_state.to(WIDE)), b_dquery, input_precision="ieee")
-        b_dkey = tl.dot(b_value, tl.trans(b_dstate.to(WIDE)), b_dkey, input_precision="ieee")
+    o_states = (i_line * chunks + i_chunk) * HEAD * dv
+    b_pairs, b_dquery, b_dkey, b_through = gradient_products(
+        p_grad, p_value, p_states + o_states, p_dstates + o_states, o_far, o_d, m_t, dv, grad_strides,
+        value_strides, HEAD, BLOCK_DV, WIDE,
+    )  # fmt: skip
     # Only now: two tiles fewer to hold in the loop.
     b_query = load_lines(p_query + o_far * query_strides[2], o_d, m_t, query_strides[3], HEAD, False)
     b_key = load_lines(p_key + o_far * key_strides[2], o_d, m_t, key_strides[3], HEAD, False)
@@ -142,30 +128,33 @@ def _backward(grad: Tensor, grad_last: Tensor, *given: Any) -> list[Tensor]:
     dstates, first = call.new_states(), torch.empty_like(grad_last, memory_format=torch.contiguous_format)
     how = {"SCALE": call.scale, "REVERSE": True}
     run_states(call, call.query, grad, grad_last.contiguous(), dstates, first, how)
-    made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[:3]]
-    run_chunks(call, (call.key, call.query, grad), dstates, made[2], reverse=True)
-    sizes = call.query.shape[:3]
-    ddecay = None if call.decay is None else grad.new_empty(sizes, dtype=torch.float32)
+    value = torch.empty_like(call.value, memory_format=torch.contiguous_format)
+    run_chunks(call, (call.key, call.query, grad), dstates, value, reverse=True)
+    run = run_channel_gradients if call.by_channel else _run_gradients
+    query, key, *ddecay = run(call, grad, states, dstates)
+    decay, state, none = *given[3:5], grad.new_zeros(0)
+    if decay is not None:
+        steps = ddecay[0].sum((0, 2)) if decay.dim() == 1 else ddecay[0]
+        ddecay = [steps.reshape(decay.shape).to(decay.dtype)]
+    return [query, key, value, *(ddecay or [none]), none.clone() if state is None else first.to(state.dtype)]
+
+
+def _run_gradients(call: LinearCall, grad: Tensor, states: Tensor, dstates: Tensor) -> list[Tensor]:
+    """Gradients of query and key, contiguous; and of a decay in float32, `[b, h, t]`."""
+    made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (call.query, call.key)]
+    ddecay = None if call.decay is None else grad.new_empty(call.query.shape[:3], dtype=torch.float32)
     launch(
         gradient_kernel,
         call.lines * call.chunks,
         grad,
-        *(grad, call.query, call.key, call.value, call.decay, states, dstates, *made[:2], ddecay),
+        *(grad, call.query, call.key, call.value, call.decay, states, dstates, *made, ddecay),
         *(x.stride() for x in (grad, call.query, call.key, call.value)),
         call.decay_strides(),
         *call.query.shape[1:3],
         call.value.shape[-1],
         **{**call.options(0), **gradient_options(call.query.dtype)},
     )
-    decay, state = given[3:5]
-    if ddecay is not None:
-        ddecay = (ddecay.sum((0, 2)) if decay.dim() == 1 else ddecay).to(decay.dtype)
-    none = grad.new_zeros(0)
-    return [
-        *made,
-        none if ddecay is None else ddecay,
-        none.clone() if state is None else first.to(state.dtype),
-    ]
+    return made if ddecay is None else [*made, ddecay]
 
 
 def _without_tokens(grad_last: Tensor, *given: Any) -> list[Tensor]:
@@ -204,8 +193,18 @@ def linear_attention(
     decay: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ops.linear_attention` by kernels over chunks: as there, up to float32, no decay by channel."""
+    """`ops.linear_attention` by kernels over chunks: as there, up to float32."""
     return linear_attention_forward(query, key, value, decay, state, scale)
+
+
+def _is_by_channel(operands: Operands) -> bool:
+    """Whether channels decay differently."""
+    decay = operands["decay"]
+    return decay is not None and decay.dim() == 4 and decay.shape[-1] != 1
+
+
+def _same_sizes(a: Tensor, b: Tensor) -> bool:
+    return all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
 
 
 def _supports(target: Target, operands: Operands) -> str | None:
@@ -214,30 +213,41 @@ def _supports(target: Target, operands: Operands) -> str | None:
     reason = reason or alike_refusal("key", key, "query", query)
     if reason is not None:
         return reason
-    if decay is not None and decay.dim() == 4:
-        return "the decay differs between channels, and the kernel multiplies by one for all of a token"
     if query.dtype == torch.float64 or value.dtype != query.dtype:
         return f"query is {query.dtype}, value {value.dtype}; the kernel takes one dtype up to float32"
     sizes = (query.shape[-1], value.shape[-1])
     if not all(isinstance(n, int) for n in sizes):
         return f"head sizes {list(sizes)} are symbolic, and the tile is chosen from numbers"
-    if query.shape[-1] > MAX_HEAD:
-        return f"query has heads of {query.shape[-1]}, and one program holds at most {MAX_HEAD}"
+    if decay is not None and decay.dim() == 4 and not _same_sizes(decay, query):
+        return f"decay is {list(decay.shape)}, and the kernel wants that of the query, {list(query.shape)}"
+    longest = linear_attention_step.MAX_HEAD if _is_by_channel(operands) else MAX_HEAD
+    if query.shape[-1] > longest:
+        return f"query has heads of {query.shape[-1]}, and one program holds at most {longest}"
     state = operands["state"]
     sized = state is None or statically_known_true(state.shape[-1] == value.shape[-1])
     return None if sized else f"state is {list(state.shape)}, which does not end in the value's {sizes[1]}"
 
 
 def _cost(target: Target, operands: Operands, result: Any) -> float:
-    """The roofline of products inside chunks, of states, and of what the two kernels pass on."""
-    b, h, t, d = map(hint, operands["query"].shape)
-    dv = hint(operands["value"].shape[-1])
-    dtype = operands["query"].dtype
-    chunk = CHUNKS[dtype]
-    work = b * h * t * (2.0 * chunk * (d + dv) + 4.0 * d * dv)
-    states = 2.0 * width(dtype).itemsize * b * h * triton.cdiv(t, chunk) * d * dv
-    moved = 1.5 * ops.linear_attention.bytes_moved(operands, result) + states
-    return UNMEASURED * max(moved / target.bytes_per_s, work / target.flops_per_s) + 2 * LAUNCH_S
+    """The roofline of products inside chunks, of states, and of what the two kernels pass on or both read.
+
+    A single token is one pass over the state.
+    """
+    query, key, value, decay = (operands[name] for name in ("query", "key", "value", "decay"))
+    b, h, t, d = map(hint, query.shape)
+    dv = hint(value.shape[-1])
+    moved, launches = ops.linear_attention.bytes_moved(operands, result), 1
+    work = 4.0 * b * h * t * d * dv
+    if t > 1:
+        by_channel, launches = _is_by_channel(operands), 2
+        chunk = chunk_for(query.dtype, by_channel)
+        pairs = pair_flops(chunk, d, dv, query.dtype) if by_channel else 2.0 * chunk * d
+        work += b * h * t * (pairs + 2.0 * chunk * dv)
+        moved += (
+            tensor_bytes((key, value, decay))
+            + 2.0 * width(query.dtype).itemsize * b * h * triton.cdiv(t, chunk) * d * dv
+        )
+    return UNMEASURED * max(moved / target.bytes_per_s, work / target.flops_per_s) + launches * LAUNCH_S
 
 
 LINEAR_ATTENTION = Lowering(ops.linear_attention, "triton", linear_attention, _supports, _cost)

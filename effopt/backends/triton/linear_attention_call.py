@@ -12,10 +12,11 @@ from torch import Tensor
 
 from effopt.backends.triton.rows import check_floating, multiplied_in
 
-CHUNKS = {torch.bfloat16: 64, torch.float16: 32, torch.float32: 16}
-"""Tokens of a chunk. 64 are what the matrix units of sm_90 take at once; with fewer, states of chunks are
-most of the bytes. In float32, and behind the first product in float16, products are summed without those
-units, whole operands in registers. Twice as many spill: tests/backends/triton/test_aot.py has the bounds."""
+CHUNK, CHANNEL_CHUNK, CHUNK_FLOAT32 = 64, 32, 16
+"""Tokens of a chunk; where channels decay differently; and where products, or those with states, are of
+float32, summed without matrix units, whole operands in registers. 64 are what the matrix units of sm_90 take
+at once; with fewer, states of chunks are most of the bytes. Twice as many spill:
+tests/backends/triton/test_aot.py has the bounds."""
 STATE_VALUES, CHUNK_VALUES = 32, 64
 """Columns of the value that a program takes: few where it walks over all tokens, so that there are many
 programs; more where it takes one chunk, whose scores it computes for each block of them."""
@@ -24,6 +25,13 @@ FLOAT32_VALUES = 32
 WARPS, STAGES, STATE_STAGES = 4, 1, 3
 """Keys and values of the next chunks are loaded ahead in the walk over tokens; elsewhere there is no loop, or
 no room in shared memory."""
+
+
+def chunk_for(dtype: torch.dtype, by_channel: bool) -> int:
+    """Tokens of a chunk, of a call with at least that many; `by_channel`: channels decay differently."""
+    if width(dtype) == torch.float32:
+        return CHUNK_FLOAT32
+    return CHANNEL_CHUNK if by_channel else CHUNK
 
 
 def width(dtype: torch.dtype) -> torch.dtype:
@@ -42,7 +50,10 @@ def columns_for(most: int, dtype: torch.dtype, dv: int) -> int:
 
 @dataclass(frozen=True)
 class LinearCall:
-    """One checked call of the op: rows of unit stride, decay `[b, h, t]` of any strides, or None."""
+    """One checked call of the op: rows of unit stride, decay `[b, h, t]` of any strides, or None.
+
+    A gate for each channel is a decay `[b, h, t, d]`, of unit stride too.
+    """
 
     query: Tensor
     key: Tensor
@@ -52,9 +63,14 @@ class LinearCall:
     scale: float
 
     @property
+    def by_channel(self) -> bool:
+        """Whether channels decay differently."""
+        return self.decay is not None and self.decay.dim() == 4
+
+    @property
     def chunk(self) -> int:
         """Tokens of a chunk."""
-        most = CHUNKS[self.query.dtype]
+        most = chunk_for(self.query.dtype, self.by_channel)
         return min(most, max(16, triton.next_power_of_2(self.query.shape[2])))
 
     @property
@@ -77,7 +93,7 @@ class LinearCall:
 
     def decay_strides(self) -> tuple[int, int, int]:
         """Elements from one decay to the next, by batch entry, head and token."""
-        return (0, 0, 0) if self.decay is None else self.decay.stride()  # type: ignore[return-value]
+        return (0, 0, 0) if self.decay is None else self.decay.stride()[:3]  # type: ignore[return-value]
 
     def options(self, columns: int) -> dict[str, Any]:
         """Constants that all kernels are compiled for."""
@@ -113,11 +129,18 @@ def checked(
     if len({x.dtype for x in (query, key, value)}) > 1 or query.dtype == torch.float64:
         raise TypeError(f"query, key and value: expected one dtype up to float32, got {query.dtype}")
     if decay is not None:
-        decay = decay.view(1, h, 1).expand(b, h, t) if decay.dim() == 1 else decay
-        if tuple(decay.shape) != (b, h, t):
-            raise ValueError(f"decay: expected [h] or [b, h, t], got {list(decay.shape)}")
+        decay = decay.view(1, h, 1).expand(b, h, t) if tuple(decay.shape) == (h,) else decay
+        if tuple(decay.shape) not in ((b, h, t), (b, h, t, d)):
+            raise ValueError(f"decay: expected [h], [b, h, t] or [b, h, t, d], got {list(decay.shape)}")
+        if decay.dim() == 4:
+            decay = decay.squeeze(-1) if d == 1 else rows_of(decay)
     if state is not None and tuple(state.shape) != (b, h, d, value.shape[-1]):
         raise ValueError(f"state: expected [b, h, d, dv], got {list(state.shape)}")
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = map(rows_of, (query, key, value))
     state = None if state is None else state.contiguous()
     return LinearCall(query, key, value, decay, state, scale)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x`, or a copy of it if its rows have gaps."""
+    return x if x.stride(-1) == 1 else x.contiguous()

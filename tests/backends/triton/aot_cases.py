@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+import torch
 import triton.language as tl
 
 from effopt.backends.triton import (
@@ -15,6 +16,8 @@ from effopt.backends.triton import (
     linear_attention,
     linear_attention_backward,
     linear_attention_call,
+    linear_attention_channels,
+    linear_attention_step,
     quantized_linear,
     rms_norm,
     rope,
@@ -137,7 +140,8 @@ def linear_attention_cases() -> Iterator[Case]:
     for dtype, head in (("bf16", 128), ("fp32", 64)):
         wide = tl.bfloat16 if dtype == "bf16" else tl.float32
         options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "DOT": wide, "WIDE": wide}
-        options |= {"CHUNK": call.CHUNKS[DTYPES[dtype]], "num_warps": call.WARPS, "num_stages": call.STAGES}
+        options |= {"CHUNK": call.chunk_for(DTYPES[dtype], by_channel=False), "BY_CHANNEL": False}
+        options |= {"num_warps": call.WARPS, "num_stages": call.STAGES}
         states = {"BLOCK_DV": call.columns_for(call.STATE_VALUES, DTYPES[dtype], head)}
         states |= {"num_stages": call.STATE_STAGES, "types": {"p_states": f"*{dtype}"}}
         chunks = {"BLOCK_DV": call.columns_for(call.CHUNK_VALUES, DTYPES[dtype], head)}
@@ -151,6 +155,40 @@ def linear_attention_cases() -> Iterator[Case]:
         yield f"linear_attention-gradient-{dtype}-{head}", backward.gradient_kernel, dtype, options
 
 
+def channel_gate_cases(dtype: str, of_backward: bool) -> Iterator[Case]:
+    """Gates of channels, in tiles of any head; `of_backward`: the two kernels of both passes, turned."""
+    call, channels = linear_attention_call, linear_attention_channels
+    of = DTYPES | {"fp16": torch.float16}
+    wide, chunk = tl.bfloat16 if dtype == "bf16" else tl.float32, call.chunk_for(of[dtype], by_channel=True)
+    options = {"SCALE": 0.125, "HEAD": 128, "CHUNK": chunk, "WIDE": wide, "DOT": wide, "BY_CHANNEL": True}
+    options |= {"LEVELS": chunk.bit_length() - 1, "num_warps": call.WARPS, "num_stages": call.STAGES}
+    states = "*bf16" if dtype == "bf16" else "*fp32"
+    types = {"p_decay": "*fp32", **dict.fromkeys(("p_states", "p_dstates"), states)}
+    options |= {"REVERSE": of_backward, "types": types}
+    state = {
+        "BLOCK_D": channels.STATE_CHANNELS,
+        "BLOCK_DV": call.columns_for(call.STATE_VALUES, of[dtype], 128),
+    }
+    state |= {"num_warps": channels.STATE_WARPS}
+    tile = {"BLOCK_D": channels.CHANNELS, "BLOCK_DV": channels.columns_for(of[dtype], 128)}
+    tail = f"{dtype}-channel" + "-reverse" * of_backward
+    yield f"linear_attention-states-{tail}", linear_attention.states_kernel, dtype, options | state
+    yield f"linear_attention-chunk-{tail}", channels.channel_chunk_kernel, dtype, options | tile
+    if not of_backward:
+        tile |= {"BLOCK_DV": channels.GRADIENT_VALUES, "num_warps": channels.GRADIENT_WARPS}
+        yield f"linear_attention-gradient-{tail}", channels.channel_gradient_kernel, dtype, options | tile
+        step = dict.fromkeys(("HEAD", "BLOCK_D"), linear_attention_step.MAX_HEAD)
+        step |= {"BLOCK_DV": linear_attention_step.COLUMNS}
+        yield f"linear_attention-step-{tail}", linear_attention_step.step_kernel, dtype, options | step
+
+
+def more_channel_gate_cases() -> Iterator[Case]:
+    yield from channel_gate_cases("bf16", of_backward=True)
+    yield from channel_gate_cases("fp32", of_backward=False)
+    yield from channel_gate_cases("fp32", of_backward=True)
+    yield from channel_gate_cases("fp16", of_backward=False)
+
+
 ROW_CASES = tuple(row_cases())
 MATRIX_CASES = (
     *(*quantized_linear_cases(), *int8_linear_cases(), *attention_cases()),
@@ -159,13 +197,14 @@ MATRIX_CASES = (
         *paged_cases(),
         *scan_cases(),
         *linear_attention_cases(),
+        *channel_gate_cases("bf16", of_backward=False),
         *attention_gradient_cases(),
     ),
 )
 MORE_CASES = {
     f"more-{case[0]}": case
     for case in (
-        *(*more_row_cases(), *quantized_linear_cases(is_more=True)),
+        *(*more_row_cases(), *quantized_linear_cases(is_more=True), *more_channel_gate_cases()),
         *(*more_attention_cases(), *more_attention_gradient_cases(), *more_paged_cases()),
     )
 }

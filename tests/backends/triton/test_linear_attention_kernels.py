@@ -15,29 +15,11 @@ from effopt.backends.reference import reference_lowering
 from effopt.backends.triton.linear_attention_backward import LINEAR_ATTENTION
 from effopt.graph import ops
 from effopt.graph.ops import Sample
-from tests.backends.triton.calls import H100, assert_near, assert_values, double, gradients
+from tests.backends.triton.calls import H100, assert_near, assert_values, double
+from tests.backends.triton.linear_attention_calls import assert_gradients, call_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def call_of(
-    dtype: torch.dtype,
-    device: torch.device,
-    t: int,
-    d: int,
-    dv: int,
-    decay: str = "none",
-    state: bool = False,
-) -> Sample:
-    q, k, v = (torch.randn(2, 2, t, n, dtype=dtype, device=device) for n in (d, d, dv))
-    sizes = {"head": (2,), "token": (2, 2, t)}
-    kwargs: dict[str, Any] = {"scale": d**-0.5}
-    if decay != "none":
-        kwargs["decay"] = -torch.rand(sizes[decay], dtype=torch.float32, device=device)
-    if state:
-        kwargs["state"] = torch.randn(2, 2, d, dv, device=device)
-    return Sample((q, k, v), kwargs)
 
 
 CASES = [(1, 16, 16, "none", False), (1, 64, 40, "head", True), (65, 17, 73, "head", True),
@@ -54,25 +36,6 @@ def test_values(case: Any, dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.parametrize("case", CASES[2:], ids=str)
 def test_gradients(case: Any, dtype: torch.dtype, device: torch.device) -> None:
     assert_gradients(call_of(dtype, device, *case), dtype)
-
-
-def assert_gradients(sample: Sample, dtype: torch.dtype) -> None:
-    """Of operands, decay and state, of both results; within the table of the largest exact gradient."""
-    names = [n for n in ("decay", "state") if n in sample.kwargs]
-    leaves = [x.requires_grad_() for x in (*sample.args, *(sample.kwargs[n] for n in names))]
-    upstream = [torch.randn_like(x) for x in ops.linear_attention.reference(*sample.args, **sample.kwargs)]
-
-    def call(of: Any) -> Any:
-        return lambda *a: of(*a[:3], **{**sample.kwargs, **dict(zip(names, a[3:], strict=True))})
-
-    got = gradients(call(LINEAR_ATTENTION.call), leaves, {}, upstream)
-    exact = gradients(
-        call(ops.linear_attention.reference), map(double, leaves), {}, [g.double() for g in upstream]
-    )
-    for g, e, leaf in zip(got, exact, leaves, strict=True):
-        assert g.shape == leaf.shape
-        size = e.abs().max()
-        assert_near((g.double() / size).to(dtype), e / size, dtype)
 
 
 @pytest.mark.parametrize("decay", [-math.inf, -3000.0, 0.0])
@@ -141,7 +104,6 @@ def meta(*sizes: int) -> Tensor:
 
 
 REFUSED = {
-    "gates of channels": (operands(decay=meta(2, 8, 64, 64)), "differs between channels"),
     "long heads": (operands(d=256), "at most 128"),
     "float64": (operands(dtype=torch.float64), "up to float32"),
     "nothing": (operands(t=0), "nothing to launch"),
@@ -162,4 +124,4 @@ def test_choice_on_a_gpu(training: bool) -> None:
     lowerings = [LINEAR_ATTENTION, *CHUNKED, reference_lowering(ops.linear_attention)]
     assert choose(lowerings, H100, bound, result, training).lowering.name == "triton"
     by_channel = operands(t=4096, decay=meta(2, 8, 4096, 64))
-    assert choose(lowerings, H100, by_channel, result, training).lowering.name == "chunked"
+    assert choose(lowerings, H100, by_channel, result, training).lowering.name == "triton"
