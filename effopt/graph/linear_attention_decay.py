@@ -38,7 +38,7 @@ class Where:
 
 def checked(weight: Weight, where: Where) -> Weight:
     """The weight with its decay for one step forward. Raises `Reject` for what the op has no room for."""
-    _require_causal(weight, where)
+    require_causal(weight, where)
     for factor in weight.factors:
         _require_fine(factor.dtype, where, f"the factor {factor.node.name}")
         Placed(factor.node, factor.at).require_plain(AXES, "a factor of the scores")
@@ -46,7 +46,8 @@ def checked(weight: Weight, where: Where) -> Weight:
     return replace(weight, rates=rates, gates=tuple(_checked_gates(g, where) for g in weight.gates))
 
 
-def _require_causal(weight: Weight, where: Where) -> None:
+def require_causal(weight: Weight, where: Where) -> None:
+    """Raise `Reject` unless a query sees the keys up to its own, and no other."""
     form = form_of_condition(weight.open)
     if form.terms == (_CAUSAL,):
         return
@@ -91,6 +92,16 @@ def _checked(rate: Rate, where: Where) -> Rate:
 
 
 def _checked_gates(gates: Gates, where: Where) -> Gates:
+    gates = behind_the_key(gates, where)
+    span = gates.span
+    Placed(span.gates, span.at).require_plain((*LEAD, SUMMED), "the gates of a decay")
+    long = [s for s, at in zip(shape_of(span.gates), span.at, strict=True) if at.only == Axis(SUMMED, s)]
+    words = f"the gates {span.gates.name} are of other tokens than the keys"
+    require(equal(long, where.frame[-1:]), words, where.root)
+    return gates
+
+
+def behind_the_key(gates: Gates, where: Where) -> Gates:
     """Gates of the tokens behind the key, up to the query. Raises `Reject` where they are of others."""
     query, key = places(where.frame)[-2:]
     span, by = gates.span, gates.by
@@ -103,10 +114,6 @@ def _checked_gates(gates: Gates, where: Where) -> Gates:
     ):
         require(not wrong, f"the decay is a sum of the gates {span.gates.name}, and {words}", where.root)
     _require_fine(gates.dtype, where, "the decay")
-    Placed(span.gates, span.at).require_plain((*LEAD, SUMMED), "the gates of a decay")
-    long = [s for s, at in zip(shape_of(span.gates), span.at, strict=True) if at.only == Axis(SUMMED, s)]
-    words = f"the gates {span.gates.name} are of other tokens than the keys"
-    require(equal(long, where.frame[-1:]), words, where.root)
     advice = "fill it with -inf ahead of exp, or select by where or tril"
     _require_hidden(gates.within, span.bounded, advice, where)
     return replace(gates, span=span, by=by)

@@ -120,7 +120,7 @@ def weight_of(node: Node, frame: tuple[Any, ...], place: Place, reader: Reader) 
     at = aligned(node, frame, place)
     require(at is not None, f"{node.name} enlarges the scores", node)
     assert at is not None
-    return _weight(node, at, reader)
+    return weight_at(node, at, reader)
 
 
 def condition_of(node: Node, frame: tuple[Any, ...], place: Place, reader: Reader) -> c.Condition:
@@ -131,14 +131,14 @@ def condition_of(node: Node, frame: tuple[Any, ...], place: Place, reader: Reade
     return condition_at(node, at, reader)
 
 
-def _weight(node: Node, place: Place, reader: Reader) -> Weight:
+def weight_at(node: Node, place: Place, reader: Reader) -> Weight:
     if not isinstance(val(node), torch.Tensor):
         raise stop(node)
     if val(node).dtype == torch.bool:
         return Weight(condition_at(node, place, reader))
     moved = source_of(node, place)
     if moved is not None:
-        return _weight(*moved, reader)
+        return weight_at(*moved, reader)
     number = constant_number(node)
     if number is not None and number in (0, 1):
         return Weight(c.TRUE if number else c.FALSE)
@@ -146,11 +146,11 @@ def _weight(node: Node, place: Place, reader: Reader) -> Weight:
         return _factor(node, place)
     args: Any = node.args
     if node.target in CASTS and (val(args[0]).dtype == torch.bool or val(node).dtype.is_floating_point):
-        return _weight(args[0], place, reader).held_as(val(node).dtype)
+        return weight_at(args[0], place, reader).held_as(val(node).dtype)
     if node.target in (_aten.tril.default, _aten.triu.default):
-        return _weight(args[0], place, reader).where(triangle(node, place))
+        return weight_at(args[0], place, reader).where(triangle(node, place))
     if node.target in _TIMES and all(isinstance(a, Node) for a in args[:2]):
-        one, other = (_weight(a, place_in(node, a, place), reader) for a in args[:2])
+        one, other = (weight_at(a, place_in(node, a, place), reader) for a in args[:2])
         return one * other
     chosen = choice_at(node, place, reader)
     if chosen is not None:
@@ -194,7 +194,7 @@ def _side(node: Node, value: Any, place: Place, reader: Reader) -> Weight:
         return Weight(c.TRUE if number else c.FALSE)
     if not isinstance(value, Node):
         raise stop(node)
-    return _weight(value, place_in(node, value, place), reader)
+    return weight_at(value, place_in(node, value, place), reader)
 
 
 def _power(node: Node, place: Place, reader: Reader) -> Weight:
