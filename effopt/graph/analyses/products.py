@@ -15,14 +15,17 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.graph.analyses.causal_distance import origin_of
 from effopt.graph.analyses.einsum_letters import letters_of
 from effopt.graph.analyses.masks import conditions as c
-from effopt.graph.analyses.masks.moves import Place, aligned, source_of
+from effopt.graph.analyses.masks.moves import Place, aligned
 from effopt.graph.analyses.masks.sums import Axis, Sum, of, whole
 from effopt.graph.placed import Placed
 from effopt.graph.values import shape_of
 
 _aten = torch.ops.aten
+_MOST_DEPTH = 10
+"""Products of products are as many as two to this; the chunks of Mamba-2 take 5."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,14 @@ def axes_of(place: Place) -> frozenset[str]:
     return frozenset().union(*map(c.axes_of, place))
 
 
-def product_at(node: Node, place: Place) -> Product:
-    """What an element of `node` is a product of; itself where it is none."""
-    moved = source_of(node, place)
-    if moved is not None:
-        return product_at(*moved)
-    found = _RULES[node.target](node, place) if node.target in _RULES else None
+def product_at(node: Node, place: Place, depth: int = _MOST_DEPTH) -> Product:
+    """What an element of `node` is a product of, `depth` calls down; itself where it is none."""
+    node, place = origin_of(node, place)
+    found = _RULES[node.target](node, place) if node.target in _RULES and depth else None
     if found is None:
         return Product((Placed(node, place),))
     operands, summed = found
-    parts = [product_at(operand, at) for operand, at in operands]
+    parts = [product_at(operand, at, depth - 1) for operand, at in operands]
     factors = tuple(f for part in parts for f in part.factors)
     names = [*summed, *(name for part in parts for name in part.summed)]
     if len(set(names)) < len(names):
