@@ -14,12 +14,17 @@ from effopt.graph.values import val
 _aten = torch.ops.aten
 
 
+def by_stride(value: Tensor) -> list[int]:
+    """Its dimensions from the outermost inwards, whatever lies between them."""
+    return sorted(range(value.dim()), key=lambda d: (-hint(value.stride()[d]), d))
+
+
 def order_in_memory(value: Tensor) -> list[int] | None:
     """Its dimensions from the outermost inwards; None if elements overlap, or have gaps between them.
 
     Those of size 1 stand where their stride puts them, which says nothing.
     """
-    order = sorted(range(value.dim()), key=lambda d: (-hint(value.stride()[d]), d))
+    order = by_stride(value)
     size = 1
     for dim in reversed(order):
         if statically_known_true(value.shape[dim] == 1):
@@ -38,9 +43,8 @@ def require_dense(node: Node) -> None:
 
 
 def laid_out_as(emit: Emit, node: Node, old: Node) -> Node:
-    """`node` with the strides of `old`, a dense tensor of its shape."""
-    order, own = order_in_memory(val(old)), order_in_memory(val(node))
-    assert order is not None, "`require_dense` was to be asked before"
+    """`node` with the strides of `old`, a tensor of its shape, but for gaps that `old` has."""
+    order, own = by_stride(val(old)), order_in_memory(val(node))
     wide = {dim for dim, size in enumerate(val(node).shape) if not statically_known_true(size == 1)}
     if own is not None and [d for d in own if d in wide] == [d for d in order if d in wide]:
         return node

@@ -4,148 +4,152 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from effopt.graph import ops
+from effopt.graph import linear_attention_decay, ops
 from effopt.graph.analyses import causal_decay, heads
-from effopt.graph.analyses.causal_decay import Rate, Weight, holds
-from effopt.graph.analyses.causal_distance import steps_back
+from effopt.graph.analyses.causal_decay import Weight, holds
+from effopt.graph.analyses.causal_distance import place_in, triangle
 from effopt.graph.analyses.heads import equal
-from effopt.graph.analyses.masks.conditions import negated
-from effopt.graph.analyses.masks.forms import Band, form_of_condition, places
+from effopt.graph.analyses.masks.conditions import Condition, negated
+from effopt.graph.analyses.masks.forms import AXES, places
+from effopt.graph.analyses.masks.moves import Place, aligned, source_of
 from effopt.graph.analyses.masks.reading import Reader
-from effopt.graph.analyses.masks.sums import Magnitude, Sum, whole
+from effopt.graph.analyses.masks.sums import Axis, of, quotient
+from effopt.graph.analyses.segment_sums import SUMMED
 from effopt.graph.constants import constant_number, guarded_number
-from effopt.graph.rewrite import Emit, Match, Reject, require
+from effopt.graph.linear_attention_decay import LEAD, Where
+from effopt.graph.placed import Placed, laid_out
+from effopt.graph.rewrite import Emit, Match, require
 from effopt.graph.values import is_floating, shape_of, val
 
 _aten = torch.ops.aten
-_CAUSAL = Band(high=whole(0))
 
 
 @dataclass(frozen=True)
 class LinearForm:
-    """What one match means. `key` is transposed still; `value` None: ones, the sum of the weights."""
+    """What one match means."""
 
-    query: Node
-    key: Node
-    value: Node | None
+    query: Placed
+    key: Placed
+    value: Placed | None
+    """None: ones, for the sum of the weights."""
     scale: float
-    rates: tuple[Rate, ...]
+    weight: Weight
+    frame: tuple[Any, ...]
+    """Sizes of the weights, `[.., t, t]`."""
     root: Node
 
 
 def read(m: Match) -> LinearForm:
     """The linear attention that a match computes. Raises `Reject`."""
-    frame = shape_of(m.product)
-    rank = len(frame)
     # Products of a tensor and a matrix, with no mask between them, are no attention at all.
-    require(bool(m.steps), "", m.root)
-    require(2 <= rank <= 4 and {len(shape_of(n)) for n in (m.query, m.key)} == {rank}, "", m.root)
+    require(any(step.tag != "move" for step in m.steps), "", m.root)
+    frame = shape_of(m.steps[-1].node)
+    require(2 <= len(frame) <= 4, "", m.root)
     for operand in (m.query, m.key, *([m.value] if m.value is not None else [])):
         require(is_floating(operand), f"{operand.name} is not a real floating-point tensor", operand)
-        require(len(shape_of(operand)) == rank, "", operand)
-        lead = equal(shape_of(operand)[:-2], frame[:-2])
-        require(lead, f"{operand.name} is broadcast over batch entries or heads", operand)
+        require(2 <= len(shape_of(operand)) <= len(frame), "", operand)
         require(val(operand).dtype == val(m.root).dtype, f"{operand.name} is of another dtype", operand)
+    lead = _place_of_product(m, frame)[:-2]
     scale, weight = _fold(m, frame)
     square = equal(frame[-1:], frame[-2:-1])
     require(
         square, f"there are {frame[-2]} queries and {frame[-1]} keys: the first key's place is open", m.root
     )
-    require(m.value is None or equal(shape_of(m.value)[-2:-1], frame[-1:]), "", m.root)
-    _require_causal(weight, m)
-    rates = tuple(_checked(r, frame, m) for r in weight.rates)
+    weight = linear_attention_decay.checked(weight, Where(m.product, frame, m.root))
     _require_only_weighs(m)
-    return LinearForm(m.query, m.key, m.value, scale, rates, m.root)
+    inner = shape_of(m.product)
+    query = _operand(m.query, (*lead, "query", "m"), (*inner[:-1], shape_of(m.query)[-1]))
+    key = _operand(m.key, (*lead, "m", "key"), (*inner[:-2], *shape_of(m.key)[-2:]))
+    value = None if m.value is None else _value(m, frame)
+    return LinearForm(query, key, value, scale, weight, frame, m.root)
+
+
+def _operand(node: Node, axes: tuple[Any, ...], frame: tuple[Any, ...]) -> Placed:
+    """An operand of a product of matrices, its last two axes by name."""
+    place = tuple(of(Axis(a, size)) if isinstance(a, str) else a for a, size in zip(axes, frame, strict=True))
+    source = heads.transposed_source(node)
+    at = aligned(node, frame, place)
+    require(at is not None, "", node)
+    assert at is not None
+    found = Placed(node, at) if source is None else Placed(source, (*at[:-2], at[-1], at[-2]))
+    found.require_plain((*AXES, "m", "n"), "an operand of a product")
+    return found
+
+
+def _value(m: Match, frame: tuple[Any, ...]) -> Placed:
+    whole_frame = equal(shape_of(m.root)[:-1], frame[:-1])
+    require(whole_frame, f"{m.value.name} has batch entries or heads that the weights have not", m.root)
+    sizes = (*frame[:-2], frame[-1], shape_of(m.value)[-1])
+    return _operand(m.value, (*places(frame)[:-2], "key", "n"), sizes)
+
+
+def _inward(m: Match, frame: tuple[Any, ...]) -> Iterator[tuple[Any, Place, Node]]:
+    """Each step from the outermost on, the place at which it is read, and what it is taken of."""
+    place = places(frame)
+    for i in reversed(range(len(m.steps))):
+        step, inner = m.steps[i], m.steps[i - 1].node if i else m.product
+        yield step, place, inner
+        place = _moved(step.node, inner, place)
+
+
+def _moved(node: Node, inner: Node, place: Place) -> Place:
+    """The place in `inner` that `node` reads for a place."""
+    if node.target is _aten.repeat_interleave.self_int:
+        args: Any = node.args
+        times: Any = args[1]
+        dim: Any = args[2] if len(args) > 2 else node.kwargs.get("dim")
+        require(type(dim) is int and type(times) is int, "the heads are repeated by a size", node)
+        dim = dim % len(place)
+        return (*place[:dim], quotient(place[dim], times), *place[dim + 1 :])
+    moved = source_of(node, place)
+    return place_in(node, inner, place) if moved is None else moved[1]
+
+
+def _place_of_product(m: Match, frame: tuple[Any, ...]) -> Place:
+    """Where the products of queries and keys are read for a place of the weights."""
+    (step, place, inner) = tuple(_inward(m, frame))[-1]
+    found = _moved(step.node, inner, place)
+    rows = places(frame)[-2:]
+    require(
+        len(found) >= 2 and found[-2:] == rows, "queries and keys change places between the products", m.root
+    )
+    return found
 
 
 def _fold(m: Match, frame: tuple[Any, ...]) -> tuple[float, Weight]:
-    place, reader = places(frame), Reader()
-    scale, weight = 1.0, Weight()
-    for step in m.steps:
-        same = equal(shape_of(step.node), frame)
-        require(same, "the scores are broadcast by a factor or a mask", step.node)
+    reader, scale, weight = Reader(), 1.0, Weight()
+    for step, place, _ in reversed(tuple(_inward(m, frame))):
+        own = shape_of(step.node)
         number = guarded_number(step.factor) if step.tag in ("mul", "div") else None
         if number is not None:
             require(bool(number) and math.isfinite(number), f"the scores are scaled by {number}", step.node)
             scale = scale * number if step.tag == "mul" else scale / number
         elif step.tag == "mul":
-            weight = weight * causal_decay.weight_of(step.factor, frame, place, reader)
+            weight = weight * causal_decay.weight_of(step.factor, own, place, reader)
         elif step.tag in ("tril", "triu"):
-            weight = weight.where(causal_decay.triangle(step.node, place))
+            weight = weight.where(triangle(step.node, place))
         elif step.tag in ("keep", "drop"):
-            require(constant_number(step.fill) == 0, "masked scores become something else than 0", step.node)
-            held = causal_decay.condition_of(step.condition, frame, place, reader)
-            weight = weight.where(held if step.tag == "keep" else negated(held))
+            weight = weight.where(_kept(step, own, place, reader))
         else:
-            require(step.tag in ("clone", "cast"), "the scores are divided by a tensor or a size", step.node)
+            tags = ("move", "clone", "cast")
+            require(step.tag in tags, "the scores are divided by a tensor or a size", step.node)
             new, scores = val(step.node).dtype, val(m.product).dtype
             require(holds(new, scores), f"the scores, {scores}, are rounded to {new}", step.node)
     return scale, weight
 
 
-def _require_causal(weight: Weight, m: Match) -> None:
-    form = form_of_condition(weight.open)
-    if form.terms == (_CAUSAL,):
-        return
-    rest = [t for t in form.terms if not isinstance(t, Band)]
-    require(not rest, f"the mask is more than causal: it hangs on {_names(form)}", m.root)
-    band = form.band
-    if band == Band():
-        reason = "no causal mask is between the products: every query sees every key"
-    elif band.low is not None and band.high is None:
-        reason = "the mask shows keys behind the query's place alone: it is turned, not causal"
-    elif band.low is not None:
-        reason = "the mask is a window: keys long before the query are hidden"
-    else:
-        shift = band.high.number if band.high is not None else None
-        kind = "its own key is hidden from a query" if shift == -1 else "the diagonal is shifted"
-        reason = f"the mask shows keys up to query + {'?' if shift is None else shift}, not up to it: {kind}"
-    raise Reject(reason, m.root)
-
-
-def _names(form: Any) -> str:
-    return ", ".join(dict.fromkeys(type(t).__name__.lower() for t in form.terms if not isinstance(t, Band)))
-
-
-def _checked(rate: Rate, frame: tuple[Any, ...], m: Match) -> Rate:
-    """A rate for one step forward. Raises `Reject` where its factor is not a power of the distance."""
-    n = steps_back(rate.distance)
-    require(n is not None, "the decay is not a power of query index - key index", m.root)
-    assert n is not None
-    by, scores = rate.by * n, val(m.product).dtype
-    require(
-        holds(rate.dtype, scores), f"the decay is rounded to {rate.dtype}, the scores are {scores}", m.root
-    )
-    if rate.node is None:
-        require(by <= 0, f"the decay grows: a step multiplies by {_exp(by):.4g}", m.root)
-    else:
-        of_heads = causal_decay.is_of_heads(rate.node, rate.at)
-        require(of_heads, f"the rate {rate.node.name} is not one number a head", rate.node)
-    bounded = isinstance(rate.distance.only, Magnitude)
-    under_causality = form_of_condition(rate.within).band.high == whole(0)
-    small = rate.node is None and isinstance(frame[-1], int) and -by * frame[-1] < _room(rate.dtype)
-    require(
-        bounded or under_causality or small,
-        "the decay may overflow ahead of the diagonal, before a product makes it 0, which gives NaN: take it "
-        "of (query - key).clamp(min=0), or select by where or tril",
-        m.root,
-    )
-    return replace(rate, by=by, distance=Sum())
-
-
-def _exp(x: float) -> float:
-    return math.exp(min(x, 700.0))
-
-
-def _room(dtype: torch.dtype) -> float:
-    """Logarithm of the greatest number of a dtype."""
-    return math.log(torch.finfo(dtype).max)
+def _kept(step: Any, sizes: tuple[Any, ...], place: Place, reader: Reader) -> Condition:
+    """Where a selection keeps the scores."""
+    require(constant_number(step.fill) == 0, "masked scores become something else than 0", step.node)
+    held = causal_decay.condition_of(step.condition, sizes, place, reader)
+    return held if step.tag == "keep" else negated(held)
 
 
 def _require_only_weighs(m: Match) -> None:
@@ -163,44 +167,26 @@ def _require_only_weighs(m: Match) -> None:
 
 def write(emit: Emit, form: LinearForm) -> Node:
     """Emit the canonical op and what brings its operands and result to shape."""
-    rank = len(shape_of(form.query))
-    query, key = form.query, _key(emit, form.key)
-    ones = form.value is None
-    value = form.value
-    if value is None:
-        value = emit(_aten.new_ones.default, key, [*shape_of(form.query)[:-1], 1])
-    for _ in range(4 - rank):
-        query, key, value = (emit(_aten.unsqueeze.default, x, 0) for x in (query, key, value))
-    given = {"decay": _decay(emit, form.rates, query)} if form.rates else {}
+    lead = (*(1,) * (4 - len(form.frame)), *form.frame)[:2]
+    t, d = form.frame[-1], shape_of(form.query.node)[-1]
+    sizes = dict(zip(LEAD, lead, strict=True)) | {"query": t, "key": t, SUMMED: t, "m": d}
+    query = laid_out(emit, form.query, (*LEAD, "query", "m"), sizes)
+    key = laid_out(emit, form.key, (*LEAD, "key", "m"), sizes)
+    if form.value is None:
+        value = emit(_aten.new_ones.default, key, [*shape_of(query)[:-1], 1])
+    else:
+        sizes["n"] = shape_of(form.value.node)[-1]
+        value = laid_out(emit, form.value, (*LEAD, "key", "n"), sizes)
+    for factor in form.weight.factors:
+        by = laid_out(emit, Placed(factor.node, factor.at), (*LEAD, "key"), sizes)
+        by = emit(_aten.unsqueeze.default, emit.cast(by, val(value).dtype), -1)
+        value = emit(_aten.mul.Tensor, value, by)
+    decay = linear_attention_decay.write(emit, form.weight, query, sizes)
+    given = {} if decay is None else {"decay": decay}
     both = emit(ops.linear_attention, query, key, value, scale=form.scale, **given)
     out = emit(operator.getitem, both, 0)
-    if ones and len(shape_of(form.root)) < rank:
+    if form.value is None and len(shape_of(form.root)) < len(form.frame):
         out = emit(_aten.squeeze.dim, out, -1)
-    for _ in range(4 - rank):
+    for _ in range(4 - len(form.frame)):
         out = emit(_aten.squeeze.dim, out, 0)
     return out
-
-
-def _key(emit: Emit, node: Node) -> Node:
-    source = heads.transposed_source(node)
-    return emit(_aten.transpose.int, node, -2, -1) if source is None else source
-
-
-def _decay(emit: Emit, rates: tuple[Rate, ...], query: Node) -> Node:
-    """The sum of all rates, `[h]`."""
-    h = shape_of(query)[1]
-    wide = torch.promote_types(val(query).dtype, torch.float32)
-    number = sum(r.by for r in rates if r.node is None)
-    total = emit(_aten.new_full.default, query, [h], number, dtype=wide)
-    for rate in rates:
-        if rate.node is None:
-            continue
-        found = emit(_aten._to_copy.default, rate.node, dtype=wide)
-        found = emit(_aten.log.default, found) if rate.is_base else found
-        for dim in reversed(range(len(rate.at))):
-            index = rate.at[dim].number
-            if index is not None and len(shape_of(found)) > 0:
-                found = emit(_aten.select.int, found, dim, index)
-        found = found if rate.by == 1.0 else emit(_aten.mul.Tensor, found, rate.by)
-        total = emit(_aten.add.Tensor, total, found)
-    return total

@@ -71,6 +71,8 @@ class Sampler:
     masks: frozenset[Node]
     """Inputs that are added to scores, or select among them."""
     index_bound: Mapping[Node, int]
+    decays: frozenset[Node] = frozenset()
+    """Inputs that are logarithms of a decay."""
     size: Callable[[Any], int] = hint
 
     @property
@@ -101,6 +103,10 @@ class Sampler:
             drawn = _additive_mask(compact, value.dtype, draw, generator)
         else:
             drawn = _numbers(compact, value.dtype, draw, generator)
+            if node in self.decays and draw.scale >= 1.0:
+                # Powers that grow from token to token overflow, and where they do so hangs on the order of
+                # sums. Both signs are in the draw of small values.
+                drawn = -drawn.abs()
         return with_strides(drawn.to(value.device), sizes, strides)
 
 
@@ -157,6 +163,7 @@ def sampler_of(region: Region, size: Callable[[Any], int] = hint) -> Sampler:
     """How to fill the inputs of `region`, read off the way in which its nodes use them."""
     inside = set(region.inputs)
     masks: set[Node] = set()
+    decays: set[Node] = set()
     bounds: dict[Node, int] = {}
     for node in region.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -167,6 +174,8 @@ def sampler_of(region: Region, size: Callable[[Any], int] = hint) -> Sampler:
             masks.update(_leaves(node.args[0], inside, added=False))
         elif name in _MASK_ARGUMENT:
             masks.update(_leaves(bound[_MASK_ARGUMENT[name]], inside, added=True))
+        if name == "linear_attention":
+            decays.update(_leaves(bound["decay"], inside, added=True))
         if "mask" in bound:
             masks.update(_leaves(bound["mask"], inside, added=True))
         if name == "where":
@@ -175,7 +184,7 @@ def sampler_of(region: Region, size: Callable[[Any], int] = hint) -> Sampler:
             for leaf in _leaves(index, inside, added=True):
                 bounds[leaf] = min(limit, bounds.get(leaf, limit)) if source is not None else limit
     kept = frozenset(m for m in masks if isinstance(val(m), Tensor) and _may_mask(val(m)))
-    return Sampler(region.inputs, kept, bounds, size)
+    return Sampler(region.inputs, kept, bounds, frozenset(decays), size)
 
 
 def _may_mask(value: Tensor) -> bool:

@@ -1,10 +1,11 @@
-"""What multiplies the scores of a linear attention: a causal triangle, and a decay with distance.
+"""What multiplies the scores of a linear attention: a causal triangle, a decay, and factors of keys.
 
-    weight = open(query, key) * exp(sum of rate[head] * distance(query, key))
+    weight = open(query, key) * factor(key)
+             * exp(rate[head] * distance(query, key) + sum of gates behind the key, up to the query)
 
-`weight_of` reads the graph of such a tensor, built by index arithmetic, as that. Conditions and indices are
-read by `analyses/masks`. What has no rule raises `Reject` with the node at which the reading stopped. Looks
-only.
+`weight_of` reads the graph of such a tensor, built by index arithmetic and cumulative sums, as that.
+Conditions and indices are read by `analyses/masks`, sums of gates by `segment_sums`. What has no rule raises
+`Reject` with the node at which the reading stopped. Looks only.
 """
 
 from __future__ import annotations
@@ -16,12 +17,22 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from effopt.graph.analyses.causal_distance import CASTS, condition_at, distance_at, place_in, stop
+from effopt.graph.analyses.causal_distance import (
+    CASTS,
+    choice_at,
+    condition_at,
+    distance_at,
+    origin_of,
+    place_in,
+    stop,
+    triangle,
+)
 from effopt.graph.analyses.masks import conditions as c
 from effopt.graph.analyses.masks.evaluation import evaluate
-from effopt.graph.analyses.masks.moves import Place, aligned, scalar, source_of
+from effopt.graph.analyses.masks.moves import MOVES, Place, aligned, source_of
 from effopt.graph.analyses.masks.reading import Reader, covers
-from effopt.graph.analyses.masks.sums import Sum, whole
+from effopt.graph.analyses.masks.sums import Sum
+from effopt.graph.analyses.segment_sums import Span, span_of
 from effopt.graph.constants import constant_number
 from effopt.graph.rewrite import require
 from effopt.graph.values import is_floating, val
@@ -29,8 +40,8 @@ from effopt.graph.values import is_floating, val
 _aten = torch.ops.aten
 _TIMES = {_aten.mul.Tensor, _aten.mul.Scalar}
 _OVER = {_aten.div.Tensor, _aten.div.Scalar}
-_WHERE = {_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar}
-_FILL = {_aten.masked_fill.Scalar, _aten.masked_fill.Tensor}
+_MOST_STEPS = 64
+"""Calls that a factor of keys is followed back through; those of models take below 10."""
 _POSITIVE = {_aten.exp.default, _aten.sigmoid.default}
 
 
@@ -52,24 +63,51 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Gates:
+    """One factor `exp(by * sum of gates)`."""
+
+    span: Span
+    by: float = 1.0
+    within: c.Condition = c.TRUE
+    """As that of a `Rate`."""
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A tensor that no query changes, read at a place; it is no power, so that no decay is hidden in it."""
+
+    node: Node
+    at: Place
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Weight:
     """1 where `open` holds, else 0, times all factors."""
 
     open: c.Condition = c.TRUE
     rates: tuple[Rate, ...] = ()
+    gates: tuple[Gates, ...] = ()
+    factors: tuple[Factor, ...] = ()
 
     def __mul__(self, other: Weight) -> Weight:
-        return Weight(c.every(self.open, other.open), (*self.rates, *other.rates))
+        both = (self.rates + other.rates, self.gates + other.gates, self.factors + other.factors)
+        return Weight(c.every(self.open, other.open), *both)
 
     def where(self, condition: c.Condition) -> Weight:
         """Itself where a condition holds, and 0, by selection, elsewhere."""
-        kept = tuple(replace(r, within=c.every(r.within, condition)) for r in self.rates)
-        return Weight(c.every(self.open, condition), kept)
+        rates = tuple(replace(r, within=c.every(r.within, condition)) for r in self.rates)
+        gates = tuple(replace(g, within=c.every(g.within, condition)) for g in self.gates)
+        return replace(self, open=c.every(self.open, condition), rates=rates, gates=gates)
 
     def held_as(self, dtype: torch.dtype) -> Weight:
         """Itself in a tensor of a dtype."""
-        rates = (replace(r, dtype=dtype) if holds(r.dtype, dtype) else r for r in self.rates)
-        return replace(self, rates=tuple(rates))
+        kept = {
+            name: tuple(replace(x, dtype=dtype) if holds(x.dtype, dtype) else x for x in parts)
+            for name, parts in (("rates", self.rates), ("gates", self.gates), ("factors", self.factors))
+        }
+        return replace(self, **kept)  # type: ignore[arg-type]
 
 
 def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
@@ -82,7 +120,7 @@ def weight_of(node: Node, frame: tuple[Any, ...], place: Place, reader: Reader) 
     at = aligned(node, frame, place)
     require(at is not None, f"{node.name} enlarges the scores", node)
     assert at is not None
-    return _weight(node, at, reader)
+    return weight_at(node, at, reader)
 
 
 def condition_of(node: Node, frame: tuple[Any, ...], place: Place, reader: Reader) -> c.Condition:
@@ -93,37 +131,28 @@ def condition_of(node: Node, frame: tuple[Any, ...], place: Place, reader: Reade
     return condition_at(node, at, reader)
 
 
-def triangle(node: Node, place: Place) -> c.Condition:
-    """Where `tril` or `triu` keeps its operand."""
-    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
-    diagonal = scalar(given)
-    require(diagonal is not None, "the diagonal is not known when compiling", node)
-    ahead = place[-1] - place[-2] - (diagonal or whole(0))
-    return c.at_most(ahead if node.target is _aten.tril.default else ahead * -1)
-
-
-def _weight(node: Node, place: Place, reader: Reader) -> Weight:
+def weight_at(node: Node, place: Place, reader: Reader) -> Weight:
     if not isinstance(val(node), torch.Tensor):
         raise stop(node)
     if val(node).dtype == torch.bool:
         return Weight(condition_at(node, place, reader))
     moved = source_of(node, place)
     if moved is not None:
-        return _weight(*moved, reader)
+        return weight_at(*moved, reader)
     number = constant_number(node)
     if number is not None and number in (0, 1):
         return Weight(c.TRUE if number else c.FALSE)
     if node.op != "call_function":
-        raise stop(node)
+        return _factor(node, place)
     args: Any = node.args
     if node.target in CASTS and (val(args[0]).dtype == torch.bool or val(node).dtype.is_floating_point):
-        return _weight(args[0], place, reader).held_as(val(node).dtype)
+        return weight_at(args[0], place, reader).held_as(val(node).dtype)
     if node.target in (_aten.tril.default, _aten.triu.default):
-        return _weight(args[0], place, reader).where(triangle(node, place))
+        return weight_at(args[0], place, reader).where(triangle(node, place))
     if node.target in _TIMES and all(isinstance(a, Node) for a in args[:2]):
-        one, other = (_weight(a, place_in(node, a, place), reader) for a in args[:2])
+        one, other = (weight_at(a, place_in(node, a, place), reader) for a in args[:2])
         return one * other
-    chosen = _choice(node, place, reader)
+    chosen = choice_at(node, place, reader)
     if chosen is not None:
         condition, yes, no = chosen
         if constant_number(no) != 0:
@@ -131,10 +160,32 @@ def _weight(node: Node, place: Place, reader: Reader) -> Weight:
         return _side(node, yes, place, reader).where(condition)
     if node.target is _aten.exp.default:
         found = _logarithm(args[0], place, 1.0, reader)
-        return replace(found, rates=tuple(replace(r, dtype=val(node).dtype) for r in found.rates))
+        rates = tuple(replace(r, dtype=val(node).dtype) for r in found.rates)
+        return replace(found, rates=rates).held_as(val(node).dtype)
     if node.target in (_aten.pow.Tensor_Tensor, _aten.pow.Scalar):
         return _power(node, place, reader)
-    raise stop(node)
+    return _factor(node, place)
+
+
+def _factor(node: Node, place: Place) -> Weight:
+    """A real tensor that hangs on the key and on no query, and holds no half of a decay."""
+    axes = frozenset().union(*map(c.axes_of, place))
+    if "key" not in axes or "query" in axes or not is_floating(node) or _accumulates(node):
+        raise stop(node)
+    return Weight(factors=(Factor(node, place, val(node).dtype),))
+
+
+def _accumulates(node: Node) -> bool:
+    """Whether a cumulative sum is among what a tensor is computed from, element by element."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        current = waiting.pop()
+        if current.target is _aten.cumsum.default or len(seen) > _MOST_STEPS:
+            return True
+        if current.target in MOVES or torch.Tag.pointwise in getattr(current.target, "tags", ()):
+            waiting.extend(a for a in current.all_input_nodes if a not in seen)
+            seen.update(current.all_input_nodes)
+    return False
 
 
 def _side(node: Node, value: Any, place: Place, reader: Reader) -> Weight:
@@ -143,22 +194,7 @@ def _side(node: Node, value: Any, place: Place, reader: Reader) -> Weight:
         return Weight(c.TRUE if number else c.FALSE)
     if not isinstance(value, Node):
         raise stop(node)
-    return _weight(value, place_in(node, value, place), reader)
-
-
-def _choice(node: Node, place: Place, reader: Reader) -> tuple[c.Condition, Any, Any] | None:
-    """(condition, where it holds, elsewhere) of a selection; a fill is turned, so that the number is last."""
-    args: Any = node.args
-    if node.target in _WHERE:
-        condition, yes, no = args[:3]
-    elif node.target in _FILL:
-        no, condition, yes = args[:3]
-    else:
-        return None
-    held = condition_at(condition, place_in(node, condition, place), reader)
-    if constant_number(no) is None or constant_number(yes) == 0 or constant_number(yes) == -math.inf:
-        return c.negated(held), no, yes
-    return held, yes, no
+    return weight_at(value, place_in(node, value, place), reader)
 
 
 def _power(node: Node, place: Place, reader: Reader) -> Weight:
@@ -172,20 +208,13 @@ def _power(node: Node, place: Place, reader: Reader) -> Weight:
         return Weight(rates=(Rate(distance, math.log(number), dtype=val(node).dtype),))
     assert isinstance(base, Node)
     at = place_in(node, base, place)
-    source, at = _origin(base, at)
+    source, at = origin_of(base, at)
     require(
         _is_positive(source),
         f"the base of the decay, {source.name}, is not known to be positive: take exp(rate * distance)",
         node,
     )
     return Weight(rates=(Rate(distance, 1.0, source, at, is_base=True, dtype=val(node).dtype),))
-
-
-def _origin(node: Node, at: Place) -> tuple[Node, Place]:
-    """What views read."""
-    while (moved := source_of(node, at)) is not None:
-        node, at = moved
-    return node, at
 
 
 def _is_positive(node: Node) -> bool:
@@ -200,10 +229,13 @@ def _logarithm(node: Node, place: Place, by: float, reader: Reader) -> Weight:
     moved = source_of(node, place)
     if moved is not None:
         return _logarithm(*moved, by, reader)
+    found = span_of(node, place, reader)
+    if found is not None:
+        return Weight(gates=(Gates(found[0], by * found[1], dtype=found[0].dtype),))
     args: Any = node.args
     if node.target is _aten.neg.default:
         return _logarithm(args[0], place, -by, reader)
-    chosen = _choice(node, place, reader)
+    chosen = choice_at(node, place, reader)
     if chosen is not None:
         condition, yes, no = chosen
         fill = constant_number(no)
@@ -229,11 +261,11 @@ def _rated(node: Node, place: Place, by: float, reader: Reader) -> Weight:
     for rate, distance in ((a, b), (b, a)):
         if not isinstance(rate, Node) or not isinstance(distance, Node):
             break
-        source, at = _origin(rate, place_in(node, rate, place))
+        source, at = origin_of(rate, place_in(node, rate, place))
         turned = 1.0
         while source.target is _aten.neg.default:
             turned = -turned
-            source, at = _origin(source.args[0], at)  # type: ignore[arg-type]
+            source, at = origin_of(source.args[0], at)  # type: ignore[arg-type]
         if {"query", "key"} & frozenset().union(*map(c.axes_of, at)):
             continue
         reason = f"the rate {source.name} holds whole numbers, which may wrap, or is a size"

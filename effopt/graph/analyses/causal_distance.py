@@ -18,11 +18,13 @@ from effopt.graph.analyses.masks.moves import Place, aligned, scalar, source_of
 from effopt.graph.analyses.masks.reading import Reader
 from effopt.graph.analyses.masks.sums import Axis, Magnitude, Sum, of, whole
 from effopt.graph.constants import constant_number
-from effopt.graph.rewrite import Reject
+from effopt.graph.rewrite import Reject, require
 from effopt.graph.values import is_floating, shape_of, val
 
 _aten = torch.ops.aten
 CASTS = {_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default}
+_WHERE = {_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar}
+_FILL = {_aten.masked_fill.Scalar, _aten.masked_fill.Tensor}
 _CLAMPS = {_aten.clamp.default, _aten.clamp_min.default, _aten.relu.default}
 _EXACT = (torch.float32, torch.float64)
 """Dtypes that hold the indices of any mask that fits into memory."""
@@ -31,8 +33,8 @@ _EXACT = (torch.float32, torch.float64)
 def stop(node: Node) -> Reject:
     """What is raised where the reading ends."""
     if node.target is _aten.cumsum.default:
-        words = f"the decay is made of {node.name}, a cumulative sum of gates, which is not read from a mask"
-        return Reject(f"{words}: write it as a loop over time, or call the op", node)
+        words = f"the decay is made of {node.name}, a cumulative sum that is not read at two tokens"
+        return Reject(f"{words}: take exp(sum[query] - sum[key]), or a segment sum", node)
     what = "an input" if node.op != "call_function" else str(node.target).removesuffix(".default")
     return Reject(f"the scores are multiplied by {node.name} ({what}), which is not known to be causal", node)
 
@@ -43,6 +45,13 @@ def place_in(node: Node, operand: Any, place: Place) -> Place:
     if at is None:
         raise stop(node)
     return at
+
+
+def origin_of(node: Node, at: Place) -> tuple[Node, Place]:
+    """What views read."""
+    while (moved := source_of(node, at)) is not None:
+        node, at = moved
+    return node, at
 
 
 def condition_at(node: Node, place: Place, reader: Reader) -> c.Condition:
@@ -61,6 +70,30 @@ def condition_at(node: Node, place: Place, reader: Reader) -> c.Condition:
     if any(isinstance(atom, Magnitude) for side in sides for atom, _ in side.terms):
         raise stop(node)
     return _COMPARISONS[node.target](*sides)
+
+
+def triangle(node: Node, place: Place) -> c.Condition:
+    """Where `tril` or `triu` keeps its operand."""
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
+    diagonal = scalar(given)
+    require(diagonal is not None, "the diagonal is not known when compiling", node)
+    ahead = place[-1] - place[-2] - (diagonal or whole(0))
+    return c.at_most(ahead if node.target is _aten.tril.default else ahead * -1)
+
+
+def choice_at(node: Node, place: Place, reader: Reader) -> tuple[c.Condition, Any, Any] | None:
+    """(condition, where it holds, elsewhere) of a selection; a fill is turned, so that the number is last."""
+    args: Any = node.args
+    if node.target in _WHERE:
+        condition, yes, no = args[:3]
+    elif node.target in _FILL:
+        no, condition, yes = args[:3]
+    else:
+        return None
+    held = condition_at(condition, place_in(node, condition, place), reader)
+    if constant_number(no) is None or constant_number(yes) == 0 or constant_number(yes) == -math.inf:
+        return c.negated(held), no, yes
+    return held, yes, no
 
 
 def distance_at(node: Node, place: Place, reader: Reader) -> Sum:

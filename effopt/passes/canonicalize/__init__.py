@@ -5,6 +5,7 @@ from __future__ import annotations
 from effopt.passes.base import Pass
 from effopt.passes.canonicalize.recognize_activation import RecognizeActivation
 from effopt.passes.canonicalize.recognize_attention import RecognizeAttention
+from effopt.passes.canonicalize.recognize_chunked_attention import RecognizeChunkedAttention
 from effopt.passes.canonicalize.recognize_cumulative_attention import RecognizeCumulativeAttention
 from effopt.passes.canonicalize.recognize_glu import RecognizeGLU
 from effopt.passes.canonicalize.recognize_layer_norm import RecognizeLayerNorm
@@ -23,6 +24,7 @@ from effopt.passes.canonicalize.stack_before_pointwise import StackBeforePointwi
 
 PASSES: tuple[type[Pass], ...] = (
     SpellMaskBuffers,
+    RecognizeChunkedAttention,
     SpellEinsum,
     SpellSoftmax,
     StackBeforePointwise,

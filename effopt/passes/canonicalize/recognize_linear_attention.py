@@ -4,12 +4,14 @@
 
 Exact up to reassociation and intermediate rounding. A value that is NaN or infinite spoils its own token
 and later ones; in the original it spoils earlier ones too, by 0 * infinity. The decay is `exp(rate * (i -
-j))` or `gamma ** (i - j)`, with one rate for all heads or one a head. The sum of the weights over keys,
-which normalises, is a linear attention whose values are ones. No training needed. Saves the `[b, h, t, t]`
-weights: time and memory grow with t, and not with its square, wherever a kernel or chunks take the op.
+j))` or `gamma ** (i - j)`, with one rate for all heads or one a head; or of gates of tokens, by differences
+of a cumulative sum or by segment sums. A factor of keys goes to their values; queries and keys may be shared
+between heads. The sum of the weights over keys, which normalises, is a linear attention whose values are
+ones. No training needed. Saves the `[b, h, t, t]` weights: time and memory grow with t, and not with its
+square, wherever a kernel or chunks take the op.
 
 Source: Katharopoulos et al. 2020, arXiv:2006.16236, section 3.3; with decay: Sun et al. 2023,
-arXiv:2307.08621; Qin et al. 2023, arXiv:2307.14995.
+arXiv:2307.08621; Qin et al. 2023, arXiv:2307.14995; with gates: Dao & Gu 2024, arXiv:2405.21060.
 """
 
 from __future__ import annotations
@@ -50,6 +52,13 @@ class RecognizeLinearAttention(Rewrite):
                 op.where(tensor("condition"), C("fill"), HOLE),
                 op.masked_fill(HOLE, tensor("condition"), C("fill")),
             ),
+            move=any_of(
+                op.permute(HOLE, ANY),
+                op.transpose(HOLE, ANY, ANY),
+                op.unsqueeze(HOLE, ANY),
+                op.expand(HOLE, ANY),
+                op.repeat_interleave(HOLE, ANY, ANY, output_size=ANY),
+            ),
             clone=op.clone(HOLE, memory_format=ANY),
             cast=any_of(op._to_copy(HOLE, dtype=ANY), op.type_as(HOLE, ANY)),
         )
@@ -76,6 +85,7 @@ class RecognizeLinearAttention(Rewrite):
         yield Example(_normalised, (q.exp(), k.exp(), v))
         yield Example(decayed, (q, k, v, rate))
         yield Example(_powers, (q[0], k[0], v[0]))
+        yield Example(_gated, (q, k, v, -torch.rand(2, 3, 9)))
 
     def refusals(self) -> Iterable[Example]:
         q, k, v = (torch.randn(2, 3, 9, 4) for _ in range(3))
@@ -96,6 +106,8 @@ class RecognizeLinearAttention(Rewrite):
         rates = -torch.rand(5)
         yield Example(lambda q, k, v, r: _by_rate(q, k, v, r[:3]), (q, k, v, rates), "one number a head")
         yield Example(lambda q, k, v: _raised(q, k, v, 1e-9), (q, k, v), "may overflow ahead")
+        gates = -torch.rand(2, 3, 9)
+        yield Example(lambda q, k, v, g: _gated(q, k, v, g, 0), (q, k, v, gates), "off by one")
 
 
 def _ahead(q: torch.Tensor) -> torch.Tensor:
@@ -118,6 +130,14 @@ def _by_rate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rate: torch.Tens
     place = torch.arange(q.shape[-2])
     decay = torch.exp(rate[:, None, None] * (place[:, None] - place))
     return (q @ k.mT * decay.tril()) @ v
+
+
+def _gated(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, first: int = 1
+) -> torch.Tensor:
+    """By segment sums: of the tokens from `first` behind the key on."""
+    sums = g.unsqueeze(-1).expand(*g.shape, g.shape[-1]).tril(-first).cumsum(-2)
+    return (q @ k.mT * sums.masked_fill(_ahead(q), -torch.inf).exp()) @ v
 
 
 def _raised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gamma: float | torch.Tensor) -> torch.Tensor:

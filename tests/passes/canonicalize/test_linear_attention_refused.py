@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.passes.canonicalize.linear_attention_cases import Layer, apart, recognised
 from tests.passes.conftest import run_compiled
@@ -100,12 +100,6 @@ def _reversed(q: Tensor, k: Tensor, v: Tensor, rate: Tensor) -> Tensor:
     return (q.unsqueeze(-1) * states).sum(-2)
 
 
-def _gates_of_tokens(q: Tensor, k: Tensor, v: Tensor, rate: Tensor) -> Tensor:
-    kept = nn.functional.logsigmoid(q.sum(-1)).cumsum(-1)
-    decay = (kept[..., :, None] - kept[..., None, :]).masked_fill(apart(q.shape[2]) < 0, -torch.inf).exp()
-    return (q @ k.mT * decay) @ v
-
-
 REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "softmax": (_softmax, ""),
     "decay ahead of the query": (_turned_clamp, "clamp"),
@@ -124,7 +118,6 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "a rate of less digits": (_narrow_decay, "the decay is rounded to torch.bfloat16"),
     "values without a channel": (_no_channel, "0 channel dimensions"),
     "values of two channels": (_two_channels, "2 channel dimensions"),
-    "gates of tokens": (_gates_of_tokens, "a cumulative sum of gates"),
     "a mask by floor division": (_halves, "more than causal"),
 }
 

@@ -56,7 +56,7 @@ def source_of(node: Node, place: Place) -> tuple[Node, Place] | None:
     """The operand, and the place in it, that `node` reads for `place`; None if it is no such move."""
     if node.target is operator.getitem:
         return _unbound(node, place)
-    move = _MOVES.get(node.target)
+    move = MOVES.get(node.target)
     found = None if move is None else move(node, place)
     source = arguments(node)[0] if arguments(node) else None
     return None if found is None or not isinstance(source, Node) else (source, found)
@@ -210,7 +210,7 @@ def _squeeze(node: Node, place: Place) -> Place | None:
     return _reshape(node, place)
 
 
-_MOVES: dict[Any, Callable[[Node, Place], Place | None]] = {
+MOVES: dict[Any, Callable[[Node, Place], Place | None]] = {
     _aten.clone.default: _same,
     _aten.contiguous.default: _same,
     _aten.detach.default: _same,
