@@ -12,7 +12,8 @@ from effopt.graph import ops
 from effopt.graph.analyses import heads
 from effopt.graph.analyses.heads import equal
 from effopt.graph.analyses.row_maximum import is_row_maximum
-from effopt.graph.analyses.score_terms import Scores, Term, fold
+from effopt.graph.analyses.score_formula import Scores, Term
+from effopt.graph.analyses.score_terms import fold
 from effopt.graph.constants import guarded_number
 from effopt.graph.pattern import Step
 from effopt.graph.rewrite import Emit, Match, require

@@ -175,7 +175,7 @@ MORE: dict[str, Architecture] = {
             "topk_group": 1,
         },
     ),
-    "diffllama": Architecture("diffllama", CAUSAL, _HEAD),
+    "diffllama": Architecture("diffllama", CAUSAL, _HEAD, attention_blocks=4),
     "bamba": Architecture(
         "bamba",
         CAUSAL,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,49 +20,15 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.heads import broadcasts, equal
+from effopt.graph.analyses.least_number import least_number
 from effopt.graph.analyses.row_maximum import is_row_maximum
+from effopt.graph.analyses.score_formula import ABSORBING, Scores, Shape, Term
 from effopt.graph.constants import constant_number, guarded_number
 from effopt.graph.pattern import Step
 from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of, val
 
 _aten = torch.ops.aten
-ABSORBING = -1e30
-"""A finite score at or below this swallows, in float32 and bfloat16, whatever a model adds to it."""
-
-Shape = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Term:
-    """`coefficient * node`, or with `fill`, `where(node, 0, fill)`, added to the scores."""
-
-    node: Node
-    coefficient: float = 1.0
-    fill: float | None = None
-    inverted: bool = False
-    lead: tuple[Any, ...] | None = None
-    """Leading size arguments to reshape the node to, if its own leading dimensions are merged."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The formula so far."""
-
-    scale: float = 1.0
-    softcap: float = 0.0
-    terms: tuple[Term, ...] = ()
-    masks: tuple[Term, ...] = ()
-    """Boolean: True (False if inverted) keeps the score, else it becomes `fill`."""
-    fill: float | None = None
-    factors: tuple[tuple[Any, Node], ...] = ()
-    """(mul or div overload, tensor) applied per query row or head, before everything else."""
-    frame: Shape = ()
-    """Leading sizes of the scores at this step."""
-    frame_args: tuple[Any, ...] | None = None
-    """Size arguments that reshape the leading dimensions to the widest frame seen; None: as the product."""
-    widest: Shape = field(default=())
-    """Leading sizes of the widest frame seen."""
 
 
 def fold(start: Scores, steps: Sequence[Step]) -> Scores:
@@ -216,6 +182,33 @@ def _strip_not(node: Node, inverted: bool) -> tuple[Node, bool]:
     return node, inverted
 
 
+def _floor(scores: Scores, step: Step) -> Scores:
+    """`max(scores, least)`: lifts what is masked by a lower number, and nothing that a model computes."""
+    least = constant_number(step.least)
+    require(least is not None, "the greater of the scores and of a tensor is taken", step.node)
+    assert least is not None
+    require(
+        equal(shape_of(_inner(step)), shape_of(step.node)),
+        "a tensor of numbers enlarges the scores",
+        step.node,
+    )
+    if least == -math.inf:
+        return scores
+    reachable = least > ABSORBING
+    require(
+        not reachable, f"scores are no less than {least}, which scores may reach by themselves", step.node
+    )
+    for term in scores.terms:
+        known = term.fill is not None or least_number(term.node, term.coefficient) > -math.inf
+        require(
+            known, "scores have a bias that may be -inf, and are no less than a number after it", step.node
+        )
+    terms = tuple(t if t.fill is None else replace(t, fill=max(t.fill, least)) for t in scores.terms)
+    fill = None if scores.fill is None else max(scores.fill, least)
+    halves = bool(terms) and step.node.target not in (_aten.clamp.default, _aten.clamp_min.default)
+    return replace(scores, terms=terms, fill=fill, halves=scores.halves or halves)
+
+
 def _cast(scores: Scores, step: Step) -> Scores:
     require(val(step.node).dtype.is_floating_point, "the scores are cast to an integer type", step.node)
     return scores
@@ -290,6 +283,7 @@ _STEPS: dict[str, Callable[[Scores, Step], Scores]] = {
     "keep": _keep,
     "drop": _drop,
     "masked": _drop,
+    "floor": _floor,
     "cast": _cast,
     "dropout": _dropout,
     "view": _view,

@@ -21,8 +21,9 @@ from torch.fx import GraphModule
 
 from effopt.graph.analyses.between_matmuls import feeds_matmul
 from effopt.graph.attention_form import read, write
+from effopt.graph.driver import apply_rewrite
 from effopt.graph.pattern import ANY, HOLE, Capture, Named, OpBuilder, any_of, chain, tensor
-from effopt.graph.rewrite import Emit, Match, PassResult
+from effopt.graph.rewrite import Emit, Match, PassResult, require
 from effopt.passes.base import Context, Example, Rewrite, Stage
 
 C = Capture
@@ -43,7 +44,8 @@ class RecognizeAttention(Rewrite):
 
     def apply(self, module: GraphModule, context: Context) -> PassResult:
         """As every rewrite, but silent on a softmax that weighs nothing, such as a router's."""
-        result = super().apply(module, context)
+        rule = _InTraining() if context.training else self
+        result = apply_rewrite(rule, module, context.approve)
         left = {n.name: n for n in module.graph.find_nodes(op="call_function", target=_SOFTMAX)}
         result.rejected = [r for r in result.rejected if r.node not in left or feeds_matmul(left[r.node])]
         return result
@@ -99,6 +101,13 @@ class RecognizeAttention(Rewrite):
         yield Example(lambda q, w: (q @ w).softmax(-1) @ q, (q, torch.randn(4, 4)), "different ranks")
 
 
+@dataclass(frozen=True)
+class _InTraining(RecognizeAttention):
+    def legal(self, m: Match) -> None:
+        reason = "training: `max` halves the gradients of a row that sees no key; take `clamp(min=...)`"
+        require(not read(m).scores.halves, reason, m.root)
+
+
 def _softmax(op: OpBuilder, scores: Any) -> Any:
     kinds = (op.softmax, op._softmax, op._safe_softmax)
     return any_of(*(kind(scores, -1, ANY) for kind in kinds), tag="softmax_kind")
@@ -127,6 +136,7 @@ def _on_scores(op: OpBuilder) -> dict[str, Any]:
         "sub": op.sub(HOLE, C("term")),
         "keep": op.where(tensor("condition"), HOLE, C("fill")),
         "drop": op.where(tensor("condition"), C("fill"), HOLE),
+        "floor": any_of(*(least(HOLE, C("least")) for least in (op.max, op.maximum, op.clamp_min, op.clamp))),
         "masked": op.masked_fill(HOLE, tensor("condition"), C("fill")),
         "dropout": op.dropout(HOLE, C("p"), C("train")),
     }
