@@ -37,8 +37,8 @@ _UNREACHED = -1e9
 """No score comes near a fill at or below this: what is masked takes no weight from what is not."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SLOWER = 3.0
-"""How much longer than the roofline, guessed: above `blocks`, within what is measured on request, for each
-call of a template is a file that the C++ compiler takes seconds for."""
+"""How much longer than the library's causal kernel a product takes: 2.6 to 2.8 times at 2k and 4k tokens
+(`benchmarks/attention.py --flex`). And each call is a file that the C++ compiler takes seconds for."""
 _CALL_S = 1e-4
 """Seconds of a call beside its arithmetic: the block mask, and buffers for each thread."""
 _GUESSED_SHARE = 0.5
