@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,15 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from effopt.graph.analyses.collected import JOINS, WRITES, Collected, collected, collectors, is_alive
+from effopt.graph.analyses.collected import (
+    JOINS,
+    WRITES,
+    Collected,
+    collected,
+    collectors,
+    collects,
+    is_alive,
+)
 from effopt.graph.analyses.factors import reshaped
 from effopt.graph.analyses.lockstep import Along, Apply, Lockstep, Same
 from effopt.graph.analyses.no_ops import COPIES
@@ -89,6 +98,8 @@ class Work:
 
 def works(graph: Graph) -> Iterator[Work]:
     """All of a graph."""
+    if not collects(graph):
+        return
     loops = [chain for chain in chains(steps_by_form(graph)) if _is_loop(chain)]
     states = {step.node for chain in loops for step in chain} | {chain[0].previous for chain in loops}
     depending: set[Node] = set()
@@ -106,10 +117,8 @@ def works(graph: Graph) -> Iterator[Work]:
 def _is_loop(chain: Sequence[Step]) -> bool:
     """Whether its steps read one part of a tensor after another."""
     lockstep = Lockstep([step.previous for step in chain])
-    try:
+    with suppress(Reject):
         lockstep.series([step.added for step in chain])
-    except Reject:
-        return lockstep.has_parts
     return lockstep.has_parts
 
 
