@@ -34,7 +34,7 @@ from effopt.graph.analyses.no_ops import COPIES
 from effopt.graph.analyses.over_time import is_pointwise
 from effopt.graph.analyses.step_chains import chains, steps_by_form
 from effopt.graph.analyses.step_forms import Step
-from effopt.graph.constants import constant_number
+from effopt.graph.constants import SCALINGS, constant_number
 from effopt.graph.rewrite import Reject, require
 from effopt.graph.values import shape_of, val
 
@@ -51,7 +51,6 @@ _LAYOUTS = (
     _aten.select.int,
     _aten.slice.Tensor,
 )
-_NUMBERS = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ def _has_work(tree: Any) -> bool:
     """Whether there is more than scaling by a number, one cast, and layout: a read-out may have those."""
     if not isinstance(tree, Apply):
         return False
-    is_scaled = tree.target in _NUMBERS and constant_number(tree.nodes[0].args[1]) is not None
+    is_scaled = tree.target in SCALINGS and constant_number(tree.nodes[0].args[1]) is not None
     casts = _casts(tree)
     is_work = is_pointwise(tree.target) and not is_scaled and tree.target not in COPIES
     return is_work or casts > 1 or any(_has_work(below) for below in tree.args)
