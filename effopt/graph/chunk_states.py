@@ -34,6 +34,14 @@ from effopt.graph.values import shape_of, val
 _aten = torch.ops.aten
 
 
+def weight_of(factors: Iterable[Placed]) -> Weight:
+    """The product of factors, read as a decay. Raises `Reject` at one that is none."""
+    weight = Weight()
+    for factor in factors:
+        weight = weight * weight_at(factor.node, factor.at, Reader())
+    return weight
+
+
 @dataclass(frozen=True)
 class Chunked:
     """What tokens are multiplied with, each read at (batch, head, chunk, key or query, m or n)."""
@@ -63,9 +71,7 @@ class Chunked:
 
     def decay(self, factors: Iterable[Placed], what: str, count: int = 1) -> Weight:
         """The product of decays, if it is of so many sums of gates and of nothing else. Raises `Reject`."""
-        weight = Weight()
-        for factor in factors:
-            weight = weight * weight_at(factor.node, factor.at, Reader())
+        weight = weight_of(factors)
         alone = len(weight.gates) == count and not (weight.rates or weight.factors)
         words = f"{what} is multiplied with {len(weight.gates)} decays by gates, and not just with {count}"
         require(alone, words, self.root)

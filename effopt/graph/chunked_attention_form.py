@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph import ops
-from effopt.graph.analyses.causal_decay import Weight, weight_at
 from effopt.graph.analyses.heads import equal
 from effopt.graph.analyses.masks.moves import MOVES, Place, aligned, source_of
-from effopt.graph.analyses.masks.reading import Reader
 from effopt.graph.analyses.masks.sums import Axis, Sum, of, whole
 from effopt.graph.analyses.padding import zeros_around
 from effopt.graph.analyses.products import Product, axes_of, product_at
-from effopt.graph.chunk_states import Chunked, States, require_alone, require_carried, states_in
+from effopt.graph.chunk_states import Chunked, States, require_alone, require_carried, states_in, weight_of
 from effopt.graph.chunk_tokens import Tokens, by_tokens, written
 from effopt.graph.layouts import laid_out_as, require_dense
 from effopt.graph.linear_attention_decay import Where, behind_the_key, require_causal
@@ -37,11 +36,10 @@ from effopt.graph.rewrite import Emit, Reject, require
 from effopt.graph.values import is_floating, shape_of, val
 
 _aten = torch.ops.aten
-ORDERS = (("batch", "chunk", "query", "head", "n"), ("batch", "head", "chunk", "query", "n"))
-"""Of the dimensions of the sum: as `transformers` and the paper have them, and with heads ahead."""
-
-
+_T = TypeVar("_T")
 _APART = ("batch", "head", "chunk", "query", "n")
+_ORDERS = (("batch", "chunk", "query", "head", "n"), _APART)
+"""Of the dimensions of the sum: as `transformers` and the paper have them, and with heads ahead."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +69,17 @@ def read(root: Node) -> ChunkedForm:
     sizes = shape_of(root)
     plain = len(sizes) == 5 and is_floating(root) and len(root.args) == 2 and not root.kwargs
     require(plain, "", root)
-    told: Reject | None = None
-    for order in ORDERS:
+    return _first(partial(_read, root, order) for order in _ORDERS)
+
+
+def _first(ways: Iterable[Callable[[], _T]]) -> _T:
+    """What the first way that fits gives. Raises `Reject` with the first reason, if there is one."""
+    told = Reject("")
+    for way in ways:
         try:
-            return _read(root, order)
+            return way()
         except Reject as why:
-            told = told if told is not None and told.reason else why
-    assert told is not None
+            told = told if told.reason else why
     raise told
 
 
@@ -122,18 +124,12 @@ def _pairs_and_other(root: Node, order: tuple[str, ...], sizes: dict[str, Any]) 
         at = aligned(operand, shape_of(root), place) if isinstance(operand, Node) else None
         require(at is not None and len(shape_of(operand)) == len(place), "", root)
         terms.append(product_at(operand, at))  # type: ignore[arg-type]
-    told: Reject | None = None
-    for pairs, other in (terms, terms[::-1]):
-        try:
-            return _pairs(pairs, root, sizes), other
-        except Reject as why:
-            told = told if told is not None and told.reason else why
-    assert told is not None
-    raise told
+    one, two = terms
+    return _first(partial(_pairs, *both, root, sizes) for both in ((one, two), (two, one)))
 
 
-def _pairs(product: Product, root: Node, sizes: dict[str, Any]) -> Chunked:
-    """Sums over the keys of a chunk. Raises `Reject`."""
+def _pairs(product: Product, other: Product, root: Node, sizes: dict[str, Any]) -> tuple[Chunked, Product]:
+    """The first of two terms, as sums over the keys of a chunk, and the other. Raises `Reject`."""
     of_values = [f for f in product.factors if "n" in axes_of(f.at)]
     own = [axes_of(f.at) & set(product.summed) for f in of_values]
     keys = frozenset[str]().union(*own)
@@ -147,16 +143,14 @@ def _pairs(product: Product, root: Node, sizes: dict[str, Any]) -> Chunked:
         groups[kind].append(factor)
     queries, keyed, values, decays = (tuple(group) for group in groups.values())
     require(bool(queries) and bool(keyed) and bool(decays), "", root)
-    weight = Weight()
-    for factor in decays:
-        weight = weight * weight_at(factor.node, factor.at, Reader())
+    weight = weight_of(decays)
     require(bool(weight.gates), "", root)
     alone = len(weight.gates) == 1 and not weight.rates and not weight.factors
     require(alone, "the pairs of tokens in a chunk decay by more than one sum of gates", root)
     where = Where(root, (sizes["query"],) * 2, root)
     require_causal(weight, where)
     gates = behind_the_key(weight.gates[0], where)
-    return Chunked(queries, keyed, values, gates, sizes["chunk"], sizes["query"], root)
+    return Chunked(queries, keyed, values, gates, sizes["chunk"], sizes["query"], root), other
 
 
 def _down_to(root: Node, reached: Sequence[Node]) -> set[Node]:
