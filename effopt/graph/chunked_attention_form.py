@@ -23,12 +23,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph import ops
 from effopt.graph.analyses.heads import equal
+from effopt.graph.analyses.masks.conditions import axes_of
 from effopt.graph.analyses.masks.moves import MOVES, Place, aligned, source_of
 from effopt.graph.analyses.masks.sums import Axis, Sum, of, whole
 from effopt.graph.analyses.padding import zeros_around
-from effopt.graph.analyses.products import Product, axes_of, product_at
+from effopt.graph.analyses.products import Product, product_at
 from effopt.graph.chunk_states import Chunked, States, require_alone, require_carried, states_in, weight_of
 from effopt.graph.chunk_tokens import Tokens, by_tokens, written
+from effopt.graph.dataflow import calls_down_to
 from effopt.graph.layouts import laid_out_as, require_dense
 from effopt.graph.linear_attention_decay import Where, behind_the_key, require_causal
 from effopt.graph.placed import Placed
@@ -109,7 +111,7 @@ def _read(root: Node, order: tuple[str, ...]) -> ChunkedForm:
     require_alone(states, chunked)
     require_dense(root)
     tokens = by_tokens(chunked, states.start)
-    nodes = _down_to(root, [p.node for p in tokens.operands])
+    nodes = calls_down_to([root], {p.node for p in tokens.operands})
     finals = _finals(states, chunked, nodes)
     nodes = nodes | {final.node for final in finals}
     _require_only_inside(nodes, {root, *(final.node for final in finals)})
@@ -151,17 +153,6 @@ def _pairs(product: Product, other: Product, root: Node, sizes: dict[str, Any]) 
     require_causal(weight, where)
     gates = behind_the_key(weight.gates[0], where)
     return Chunked(queries, keyed, values, gates, sizes["chunk"], sizes["query"], root), other
-
-
-def _down_to(root: Node, reached: Sequence[Node]) -> set[Node]:
-    """All calls that `root` is computed by, down to the operands."""
-    stop, found, waiting = set(reached), set[Node](), [root]
-    while waiting:
-        node = waiting.pop()
-        if node not in found and node not in stop and node.op == "call_function":
-            found.add(node)
-            waiting.extend(node.all_input_nodes)
-    return found
 
 
 def _finals(states: States, chunked: Chunked, nodes: set[Node]) -> tuple[Final, ...]:
@@ -221,7 +212,7 @@ def _require_last(states: States, chunked: Chunked, place: Place) -> None:
 
 def _filled(at: Place, row: int) -> tuple[str, ...]:
     """The axis that each dimension is; one of size 1 has no name, and gets one that is left."""
-    have = ["chunk" if d == row else next(iter(axes_of((p,))), "") for d, p in enumerate(at)]
+    have = ["chunk" if d == row else next(iter(axes_of(p)), "") for d, p in enumerate(at)]
     left = [x for x in ("batch", "head", "n", "m") if x not in have]
     return tuple(x or left.pop(0) for x in have)
 

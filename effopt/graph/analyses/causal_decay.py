@@ -168,7 +168,7 @@ def weight_at(node: Node, place: Place, reader: Reader) -> Weight:
 
 def _factor(node: Node, place: Place) -> Weight:
     """A real tensor that hangs on the key and on no query, and holds no half of a decay."""
-    axes = frozenset().union(*map(c.axes_of, place))
+    axes = c.axes_of(place)
     if "key" not in axes or "query" in axes or not is_floating(node) or _accumulates(node):
         raise stop(node)
     return Weight(factors=(Factor(node, place, val(node).dtype),))
@@ -256,7 +256,7 @@ def _rated(node: Node, place: Place, by: float, reader: Reader) -> Weight:
         while source.target is _aten.neg.default:
             turned = -turned
             source, at = origin_of(source.args[0], at)  # type: ignore[arg-type]
-        if {"query", "key"} & frozenset().union(*map(c.axes_of, at)):
+        if {"query", "key"} & c.axes_of(at):
             continue
         reason = f"the rate {source.name} holds whole numbers, which may wrap, or is a size"
         require(is_floating(source), reason, node)
