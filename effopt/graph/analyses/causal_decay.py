@@ -131,6 +131,7 @@ def condition_of(node: Node, frame: tuple[Any, ...], place: Place, reader: Reade
 
 
 def weight_at(node: Node, place: Place, reader: Reader) -> Weight:
+    """The factor that an element of `node` is. Raises `Reject` at what has no rule."""
     if not isinstance(val(node), torch.Tensor):
         raise stop(node)
     if val(node).dtype == torch.bool:

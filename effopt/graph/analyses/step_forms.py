@@ -76,8 +76,8 @@ def _of_difference(node: Node) -> Iterator[Step]:
 
 
 def _of_product(node: Node) -> Iterator[Step]:
-    kept, *factors = list(bound_arguments(node).values())[:3]
     bound = bound_arguments(node)
+    kept, *factors = list(bound.values())[:3]
     by, times = bound.get("beta", 1), bound.get("value", bound.get("alpha"))
     if type(by) not in (int, float) or type(times) not in (int, float):
         return
