@@ -209,7 +209,7 @@ class Compilation:
         if not self.options.outline or self.options.lowering == "eager":
             return self._hand_over(module, inputs)
         with self._timed("outline"):
-            refused = inductor.takes_no_subgraphs(self._settings())
+            refused = inductor.why_no_subgraphs(self._settings())
             self.report.outlined = outline(module, inputs, training, refused)
         if all(block.left for block in self.report.outlined):
             return self._hand_over(module, inputs)

@@ -64,7 +64,7 @@ def compile_graph(
     return compiled
 
 
-def takes_no_subgraphs(options: Mapping[str, Any]) -> str:
+def why_no_subgraphs(options: Mapping[str, Any]) -> str:
     """Why Inductor with these options cannot call an outlined block; empty if it can."""
     from torch._inductor import config
 

@@ -17,21 +17,32 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.causal_decay import Gates, Weight, holds, weight_at
+from effopt.graph.analyses.heads import equal
 from effopt.graph.analyses.masks import conditions as c
 from effopt.graph.analyses.masks.moves import Place
 from effopt.graph.analyses.masks.reading import Reader
 from effopt.graph.analyses.masks.sums import Axis, Sum, of, whole
 from effopt.graph.analyses.padding import zeros_around
-from effopt.graph.analyses.products import Product, axes_of, product_at
+from effopt.graph.analyses.products import Product, product_at
 from effopt.graph.analyses.segment_sums import SUMMED, span_of
 from effopt.graph.constants import constant_number
+from effopt.graph.matching import bound_arguments
 from effopt.graph.placed import Placed
 from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of, val
 
 _aten = torch.ops.aten
+
+
+def weight_of(factors: Iterable[Placed]) -> Weight:
+    """The product of factors, read as a decay. Raises `Reject` at one that is none."""
+    weight = Weight()
+    for factor in factors:
+        weight = weight * weight_at(factor.node, factor.at, Reader())
+    return weight
 
 
 @dataclass(frozen=True)
@@ -63,9 +74,7 @@ class Chunked:
 
     def decay(self, factors: Iterable[Placed], what: str, count: int = 1) -> Weight:
         """The product of decays, if it is of so many sums of gates and of nothing else. Raises `Reject`."""
-        weight = Weight()
-        for factor in factors:
-            weight = weight * weight_at(factor.node, factor.at, Reader())
+        weight = weight_of(factors)
         alone = len(weight.gates) == count and not (weight.rates or weight.factors)
         words = f"{what} is multiplied with {len(weight.gates)} decays by gates, and not just with {count}"
         require(alone, words, self.root)
@@ -94,22 +103,22 @@ def states_in(product: Product, root: Node) -> States:
     joined = [f for f in product.factors if f.node.target is _aten.cat.default]
     require(len(joined) == 1, "no state of the chunks before is added to what a chunk computes alone", root)
     (cat,) = joined
-    args: Any = cat.node.args
-    dim = (args[1] if len(args) > 1 else 0) % len(cat.at)
-    name = next(iter(axes_of((cat.at[dim],))), "")
+    joins, dim = bound_arguments(cat.node).values()
+    dim = dim % len(cat.at)
+    name = next(iter(c.axes_of(cat.at[dim])), "")
     words = "the states of chunks are not summed over all chunks before, and a state before the first"
-    require(len(args[0]) == 2 and name in product.summed and cat.at[dim].only is not None, words, root)
+    require(len(joins) == 2 and name in product.summed and cat.at[dim].only is not None, words, root)
     inner = [x for x in product.summed if x != name]
     require(len(inner) <= 1, words, root)
     product = product.named({name: "source"} | dict.fromkeys(inner, "m"))
     (cat,) = (f for f in product.factors if f.node is cat.node)
-    first, alone = args[0]
-    require(shape_of(first)[dim] == 1, words, root)
+    first, alone = joins
+    require(statically_known_true(shape_of(first)[dim] == 1), words, root)
     start = (
         None if constant_number(first) == 0 else Placed(first, (*cat.at[:dim], whole(0), *cat.at[dim + 1 :]))
     )
     rest = [f for f in product.factors if f.node is not cat.node]
-    decays = tuple(f for f in rest if not axes_of(f.at) & {"m", "n"})
+    decays = tuple(f for f in rest if not c.axes_of(f.at) & {"m", "n"})
     others = tuple(f for f in rest if f not in decays)
     return States(others, decays, start, alone, cat.at, product.summed["source"])
 
@@ -117,11 +126,13 @@ def states_in(product: Product, root: Node) -> States:
 def require_alone(states: States, chunked: Chunked) -> None:
     """Raise `Reject` unless the state of each chunk is of its keys and values, decayed to its end."""
     what = "the state of a chunk"
-    at = tuple(chunked.chunk if axes_of((p,)) == {"source"} else p for p in states.alone_at)
+    at = tuple(chunked.chunk if c.axes_of(p) == {"source"} else p for p in states.alone_at)
     sizes = [
-        s for s, p in zip(shape_of(states.alone), states.alone_at, strict=True) if axes_of((p,)) == {"source"}
+        s for s, p in zip(shape_of(states.alone), states.alone_at, strict=True) if c.axes_of(p) == {"source"}
     ]
-    require(sizes == [chunked.chunks], f"there are {sizes} states of {chunked.chunks} chunks", chunked.root)
+    require(
+        equal(sizes, [chunked.chunks]), f"there are {sizes} states of {chunked.chunks} chunks", chunked.root
+    )
     product = product_at(states.alone, at)
     require(len(product.summed) == 1, f"{what} is not a sum over its tokens", chunked.root)
     product = product.named(dict.fromkeys(product.summed, "key"))
@@ -142,7 +153,7 @@ def require_carried(decays: Sequence[Placed], row: Sum, chunked: Chunked) -> Gat
         The decay that is left: of tokens from the start of a chunk on.
     """
     what = "the state before a chunk"
-    inner = [f for f in decays if "query" in axes_of(f.at)]
+    inner = [f for f in decays if "query" in c.axes_of(f.at)]
     weight = chunked.decay(decays, what, 1 + bool(inner))
     source = of(Axis("source", chunked.chunks + 1))
     shown = c.at_most(source - row)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from effopt.graph.analyses.masks.conditions import axes_of
 from effopt.graph.analyses.masks.sums import Axis, Sum, of
 from effopt.graph.analyses.padding import zeros_around
-from effopt.graph.analyses.products import axes_of, named
+from effopt.graph.analyses.products import named
 from effopt.graph.analyses.segment_sums import SUMMED
 from effopt.graph.chunk_states import Chunked
 from effopt.graph.placed import Placed, laid_out
@@ -99,7 +100,7 @@ def written(emit: Emit, found: Tokens, sizes: Mapping[str, Any]) -> tuple[Node, 
         sizes: of batch, head and n.
     """
     placed = [(at, size) for p in found.keys for at, size in zip(p.at, shape_of(p.node), strict=True)]
-    m = next((size for at, size in placed if "m" in axes_of((at,))), 1)
+    m = next((size for at, size in placed if "m" in axes_of(at)), 1)
     token = found.chunks * found.tokens - found.padded
     every = {**sizes, "m": m, "key": found.tokens, "chunk": found.chunks, "token": token}
     query, key = (_product(emit, group, "m", every) for group in (found.queries, found.keys))

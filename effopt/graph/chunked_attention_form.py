@@ -12,24 +12,25 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph import ops
-from effopt.graph.analyses.causal_decay import Weight, weight_at
 from effopt.graph.analyses.heads import equal
+from effopt.graph.analyses.masks.conditions import axes_of
 from effopt.graph.analyses.masks.moves import MOVES, Place, aligned, source_of
-from effopt.graph.analyses.masks.reading import Reader
 from effopt.graph.analyses.masks.sums import Axis, Sum, of, whole
 from effopt.graph.analyses.padding import zeros_around
-from effopt.graph.analyses.products import Product, axes_of, product_at
-from effopt.graph.chunk_states import Chunked, States, require_alone, require_carried, states_in
+from effopt.graph.analyses.products import Product, product_at
+from effopt.graph.chunk_states import Chunked, States, require_alone, require_carried, states_in, weight_of
 from effopt.graph.chunk_tokens import Tokens, by_tokens, written
+from effopt.graph.dataflow import calls_down_to
 from effopt.graph.layouts import laid_out_as, require_dense
 from effopt.graph.linear_attention_decay import Where, behind_the_key, require_causal
 from effopt.graph.placed import Placed
@@ -37,11 +38,10 @@ from effopt.graph.rewrite import Emit, Reject, require
 from effopt.graph.values import is_floating, shape_of, val
 
 _aten = torch.ops.aten
-ORDERS = (("batch", "chunk", "query", "head", "n"), ("batch", "head", "chunk", "query", "n"))
-"""Of the dimensions of the sum: as `transformers` and the paper have them, and with heads ahead."""
-
-
+_T = TypeVar("_T")
 _APART = ("batch", "head", "chunk", "query", "n")
+_ORDERS = (("batch", "chunk", "query", "head", "n"), _APART)
+"""Of the dimensions of the sum: as `transformers` and the paper have them, and with heads ahead."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,17 @@ def read(root: Node) -> ChunkedForm:
     sizes = shape_of(root)
     plain = len(sizes) == 5 and is_floating(root) and len(root.args) == 2 and not root.kwargs
     require(plain, "", root)
-    told: Reject | None = None
-    for order in ORDERS:
+    return _first(partial(_read, root, order) for order in _ORDERS)
+
+
+def _first(ways: Iterable[Callable[[], _T]]) -> _T:
+    """What the first way that fits gives. Raises `Reject` with the first reason, if there is one."""
+    told = Reject("")
+    for way in ways:
         try:
-            return _read(root, order)
+            return way()
         except Reject as why:
-            told = told if told is not None and told.reason else why
-    assert told is not None
+            told = told if told.reason else why
     raise told
 
 
@@ -107,7 +111,7 @@ def _read(root: Node, order: tuple[str, ...]) -> ChunkedForm:
     require_alone(states, chunked)
     require_dense(root)
     tokens = by_tokens(chunked, states.start)
-    nodes = _down_to(root, [p.node for p in tokens.operands])
+    nodes = calls_down_to([root], {p.node for p in tokens.operands})
     finals = _finals(states, chunked, nodes)
     nodes = nodes | {final.node for final in finals}
     _require_only_inside(nodes, {root, *(final.node for final in finals)})
@@ -122,18 +126,12 @@ def _pairs_and_other(root: Node, order: tuple[str, ...], sizes: dict[str, Any]) 
         at = aligned(operand, shape_of(root), place) if isinstance(operand, Node) else None
         require(at is not None and len(shape_of(operand)) == len(place), "", root)
         terms.append(product_at(operand, at))  # type: ignore[arg-type]
-    told: Reject | None = None
-    for pairs, other in (terms, terms[::-1]):
-        try:
-            return _pairs(pairs, root, sizes), other
-        except Reject as why:
-            told = told if told is not None and told.reason else why
-    assert told is not None
-    raise told
+    one, two = terms
+    return _first(partial(_pairs, *both, root, sizes) for both in ((one, two), (two, one)))
 
 
-def _pairs(product: Product, root: Node, sizes: dict[str, Any]) -> Chunked:
-    """Sums over the keys of a chunk. Raises `Reject`."""
+def _pairs(product: Product, other: Product, root: Node, sizes: dict[str, Any]) -> tuple[Chunked, Product]:
+    """The first of two terms, as sums over the keys of a chunk, and the other. Raises `Reject`."""
     of_values = [f for f in product.factors if "n" in axes_of(f.at)]
     own = [axes_of(f.at) & set(product.summed) for f in of_values]
     keys = frozenset[str]().union(*own)
@@ -147,27 +145,14 @@ def _pairs(product: Product, root: Node, sizes: dict[str, Any]) -> Chunked:
         groups[kind].append(factor)
     queries, keyed, values, decays = (tuple(group) for group in groups.values())
     require(bool(queries) and bool(keyed) and bool(decays), "", root)
-    weight = Weight()
-    for factor in decays:
-        weight = weight * weight_at(factor.node, factor.at, Reader())
+    weight = weight_of(decays)
     require(bool(weight.gates), "", root)
     alone = len(weight.gates) == 1 and not weight.rates and not weight.factors
     require(alone, "the pairs of tokens in a chunk decay by more than one sum of gates", root)
     where = Where(root, (sizes["query"],) * 2, root)
     require_causal(weight, where)
     gates = behind_the_key(weight.gates[0], where)
-    return Chunked(queries, keyed, values, gates, sizes["chunk"], sizes["query"], root)
-
-
-def _down_to(root: Node, reached: Sequence[Node]) -> set[Node]:
-    """All calls that `root` is computed by, down to the operands."""
-    stop, found, waiting = set(reached), set[Node](), [root]
-    while waiting:
-        node = waiting.pop()
-        if node not in found and node not in stop and node.op == "call_function":
-            found.add(node)
-            waiting.extend(node.all_input_nodes)
-    return found
+    return Chunked(queries, keyed, values, gates, sizes["chunk"], sizes["query"], root), other
 
 
 def _finals(states: States, chunked: Chunked, nodes: set[Node]) -> tuple[Final, ...]:
@@ -227,7 +212,7 @@ def _require_last(states: States, chunked: Chunked, place: Place) -> None:
 
 def _filled(at: Place, row: int) -> tuple[str, ...]:
     """The axis that each dimension is; one of size 1 has no name, and gets one that is left."""
-    have = ["chunk" if d == row else next(iter(axes_of((p,))), "") for d, p in enumerate(at)]
+    have = ["chunk" if d == row else next(iter(axes_of(p)), "") for d, p in enumerate(at)]
     left = [x for x in ("batch", "head", "n", "m") if x not in have]
     return tuple(x or left.pop(0) for x in have)
 

@@ -25,6 +25,8 @@ _FILLED = {
     _aten.new_full.default: 2,
     _aten.full_like.default: 1,
 }
+SCALINGS = {_aten.mul.Tensor: 1, _aten.mul.Scalar: 1, _aten.div.Tensor: -1, _aten.div.Scalar: -1}
+"""Calls that multiply by their second operand, and to which power of it."""
 _ZEROS = {_aten.zeros.default, _aten.new_zeros.default, _aten.zeros_like.default}
 _ONES = {_aten.ones.default, _aten.new_ones.default, _aten.ones_like.default}
 
@@ -53,6 +55,19 @@ def constant_number(value: Any) -> int | float | None:
             return None
         value = value.args[0]
     return None
+
+
+def scaled(node: Node) -> tuple[Node, float] | None:
+    """`x` and `n`, if a call is `x` times a number other than 0: `x * n`, `n * x`, `x / n` or `-x`."""
+    if node.target is _aten.neg.default:
+        return node.args[0], -1.0  # type: ignore[return-value]
+    if node.target not in SCALINGS:
+        return None
+    x, by = node.args[:2]
+    number = constant_number(by)
+    if number is None and SCALINGS[node.target] > 0:
+        x, number = by, constant_number(x)
+    return (x, float(number) ** SCALINGS[node.target]) if number and isinstance(x, Node) else None
 
 
 def _stored(node: Node) -> int | float | None:

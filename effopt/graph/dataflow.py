@@ -1,13 +1,33 @@
-"""Def-use questions about a graph: convexity and order. networkx inside, FX outside."""
+"""Questions about a graph: its calls, def-use, convexity and order. networkx inside, FX outside."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import networkx as nx
 from torch.fx import Graph, Node
+
+
+def calls_of(graph: Graph, targets: Iterable[Any]) -> list[Node]:
+    """All calls of `targets`, in graph order, from the index that FX keeps."""
+    found = [
+        n for t in dict.fromkeys(targets) for n in graph.find_nodes(op="call_function", target=t, sort=False)
+    ]
+    return sorted(found)
+
+
+def calls_down_to(roots: Iterable[Node], operands: Collection[Node]) -> set[Node]:
+    """All calls that `roots` are computed by, themselves included, down to `operands`, those excluded."""
+    found, waiting = set[Node](), list(roots)
+    while waiting:
+        node = waiting.pop()
+        if node not in found and node not in operands and node.op == "call_function":
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found
 
 
 def def_use(nodes: Iterable[Node]) -> nx.DiGraph:

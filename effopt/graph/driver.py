@@ -57,20 +57,12 @@ def root_targets(pattern: Any) -> tuple[Any, ...]:
     raise TypeError(f"the root of a pattern must be a call or any_of calls, not {type(pattern).__name__}")
 
 
-def find(graph: Graph, targets: Sequence[Any]) -> list[Node]:
-    """All calls of `targets`, in graph order, from the index that FX keeps."""
-    found = [
-        n for t in dict.fromkeys(targets) for n in graph.find_nodes(op="call_function", target=t, sort=False)
-    ]
-    return sorted(found)
-
-
 def apply_rewrite(rule: Rule, module: GraphModule, approve: Approve) -> PassResult:
     """Apply `rule` wherever it matches and is legal. Edits `module.graph`; drops cached analyses."""
     pattern = pattern_of(rule)
     driver = _Driver(rule, module.graph, pattern, approve)
     # Users before their operands: the largest form of an idea is taken before a part of it can be.
-    for root in reversed(find(module.graph, root_targets(pattern))):
+    for root in reversed(dataflow.calls_of(module.graph, root_targets(pattern))):
         if root not in driver.dead:
             driver.visit(root)
     driver.report_misses(rule.anchors(pattern))
@@ -266,7 +258,7 @@ class _Driver:
     def report_misses(self, anchors: Sequence[Any]) -> None:
         """One record for each attempt that reached an anchor and ended in no match."""
         told: set[tuple[int, Node, str]] = set()
-        for anchor in find(self.graph, anchors):
+        for anchor in dataflow.calls_of(self.graph, anchors):
             if anchor in self._done:
                 continue
             attempt = self._explained.get(anchor, (0, anchor, self._no_root(anchor)))

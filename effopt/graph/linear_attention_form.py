@@ -20,7 +20,7 @@ from effopt.graph.analyses.masks.conditions import Condition, negated
 from effopt.graph.analyses.masks.forms import AXES, places
 from effopt.graph.analyses.masks.moves import Place, aligned, source_of
 from effopt.graph.analyses.masks.reading import Reader
-from effopt.graph.analyses.masks.sums import Axis, of, quotient
+from effopt.graph.analyses.masks.sums import Axis, of
 from effopt.graph.analyses.segment_sums import SUMMED
 from effopt.graph.constants import constant_number, guarded_number
 from effopt.graph.linear_attention_decay import LEAD, Where
@@ -101,14 +101,9 @@ def _inward(m: Match, frame: tuple[Any, ...]) -> Iterator[tuple[Any, Place, Node
 
 def _moved(node: Node, inner: Node, place: Place) -> Place:
     """The place in `inner` that `node` reads for a place."""
-    if node.target is _aten.repeat_interleave.self_int:
-        args: Any = node.args
-        times: Any = args[1]
-        dim: Any = args[2] if len(args) > 2 else node.kwargs.get("dim")
-        require(type(dim) is int and type(times) is int, "the heads are repeated by a size", node)
-        dim = dim % len(place)
-        return (*place[:dim], quotient(place[dim], times), *place[dim + 1 :])
     moved = source_of(node, place)
+    by_size = moved is None and node.target is _aten.repeat_interleave.self_int
+    require(not by_size, "the heads are repeated by a size", node)
     return place_in(node, inner, place) if moved is None else moved[1]
 
 

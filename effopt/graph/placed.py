@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.graph import mask_sums
 from effopt.graph.analyses.masks.moves import Place
 from effopt.graph.analyses.masks.sums import Axis, Quotient, Sum, of
 from effopt.graph.rewrite import Emit, require
@@ -58,23 +59,15 @@ def laid_out(emit: Emit, placed: Placed, axes: Sequence[str], sizes: Mapping[str
         axes: the dimensions of the result, in order.
         sizes: of each axis.
     """
-    node, have = placed.node, list[str]()
     if _is_laid_out(placed, axes, sizes):
-        return node
-    for dim in reversed(range(len(placed.at))):
-        axis, repeats = _axis_of(placed.at[dim])
-        if axis is None:
-            node = emit(_aten.select.int, node, dim, placed.at[dim].number)
-            continue
-        have.insert(0, axis.name)
-        if repeats > 1:
+        return placed.node
+    node, plain = placed.node, list(placed.at)
+    for dim in reversed(range(len(plain))):
+        axis, repeats = _axis_of(plain[dim])
+        if axis is not None and repeats > 1:
             node = emit(_aten.repeat_interleave.self_int, node, repeats, dim)
-    order = [have.index(name) for name in axes if name in have]
-    if order != sorted(order):
-        node = emit(_aten.permute.default, node, order)
-    for dim, name in enumerate(axes):
-        if name not in have:
-            node = emit(_aten.unsqueeze.default, node, dim)
+            plain[dim] = of(axis)
+    node = mask_sums.laid_out(emit, node, plain, axes)
     return expanded(emit, node, [sizes[name] for name in axes])
 
 

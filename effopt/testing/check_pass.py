@@ -39,6 +39,16 @@ VARIANTS = (
 )
 
 
+@dataclass(frozen=True)
+class Unmutated:
+    """A sample of which no look-alike was tried."""
+
+    sample: str
+    broken: tuple[str, ...]
+    """The changes that there are, each with the call that no longer takes its operands; none: no call of it
+    has an argument to change."""
+
+
 @dataclass
 class PassCheck:
     """What `check_pass` tried."""
@@ -51,8 +61,7 @@ class PassCheck:
     """Look-alikes that were tried."""
     mutants_rewritten: int = 0
     """Those among them that the pass rewrote, and rightly."""
-    unmutated: list[str] = field(default_factory=list)
-    """Samples of which no look-alike was tried, and why."""
+    unmutated: list[Unmutated] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     """Variants that the sample itself cannot run in, and why."""
     problems: list[str] = field(default_factory=list)
@@ -90,8 +99,9 @@ def check_pass(pass_: Pass | type[Pass], *, mutate: bool = True) -> PassCheck:
             done.problems.append(f"sample {index}: no variant of it was captured: {done.skipped[-1]}")
         elif mutate and instance.exact and isinstance(instance, Rewrite):
             _check_mutants(instance, prepared, f"sample {index}", done)
-    if not done.mutants and any("none of" in words for words in done.unmutated):
-        done.problems.append(f"no look-alike of its samples runs: {done.unmutated}")
+    broken = [change for sample in done.unmutated for change in sample.broken]
+    if not done.mutants and broken:
+        done.problems.append(f"none of {len(broken)} changes to its samples runs: {broken[0]}")
     for index, refusal in enumerate(instance.refusals()):
         done.refusals += 1
         done.problems.extend(_refusal_problems(instance, earlier, refusal, f"refusal {index}"))
@@ -206,10 +216,9 @@ def _refusal_problems(pass_: Pass, earlier: Sequence[Pass], refusal: Example, wh
 
 
 def _check_mutants(pass_: Pass, trial: Trial, where: str, done: PassCheck) -> None:
-    before: int = done.mutants
-    refused: list[str] = []
-    for words, mutant in mutants(trial, refused):
-        done.mutants += 1
+    tried, broken = 0, list[str]()
+    for words, mutant in mutants(trial, broken):
+        tried += 1
         original = mutant.copy()
         if not run_passes(mutant, [pass_]).applied or not is_repeatable(original):
             continue
@@ -218,10 +227,6 @@ def _check_mutants(pass_: Pass, trial: Trial, where: str, done: PassCheck) -> No
         problem = disagreement(original, mutant) or disagreement(original, mutant, scale=1e-3)
         if problem:
             done.problems.append(f"{where}, look-alike with {words}: rewritten wrongly: {problem}")
-    if done.mutants == before:
-        why = (
-            f"none of {len(refused)} changes runs: {refused[0]}"
-            if refused
-            else "no call has an argument to change"
-        )
-        done.unmutated.append(f"{where}: {why}")
+    done.mutants += tried
+    if not tried:
+        done.unmutated.append(Unmutated(where, tuple(broken)))

@@ -186,10 +186,7 @@ def test_a_good_pass() -> None:
         (AnyDimension, "look-alike with .*dim is 0"),
         (AnyDimensionOfPlaces, "look-alike with .*dim is 0"),
         (AnyLetters, "look-alike with .*equation is mk,kn->nm"),
-        (
-            Alone,
-            "no look-alike of its samples runs: .*none of 1 changes runs: .*operands exchanged",
-        ),
+        (Alone, "none of 1 changes to its samples runs: .*operands exchanged"),
         (AnyFactor, "look-alike with .*other is"),
         (Wrong, "check failed"),
         (Detached, "gradients"),

@@ -32,14 +32,13 @@ from effopt.graph.analyses.masks.evaluation import evaluate
 from effopt.graph.analyses.masks.moves import MOVES, Place, aligned, source_of
 from effopt.graph.analyses.masks.reading import Reader, covers
 from effopt.graph.analyses.masks.sums import Sum
-from effopt.graph.analyses.segment_sums import Span, span_of
-from effopt.graph.constants import constant_number
+from effopt.graph.analyses.segment_sums import Span, narrower, span_of
+from effopt.graph.constants import constant_number, scaled
 from effopt.graph.rewrite import require
 from effopt.graph.values import is_floating, val
 
 _aten = torch.ops.aten
 _TIMES = {_aten.mul.Tensor, _aten.mul.Scalar}
-_OVER = {_aten.div.Tensor, _aten.div.Scalar}
 _MOST_STEPS = 64
 """Calls that a factor of keys is followed back through; those of models take below 10."""
 _POSITIVE = {_aten.exp.default, _aten.sigmoid.default}
@@ -104,7 +103,7 @@ class Weight:
     def held_as(self, dtype: torch.dtype) -> Weight:
         """Itself in a tensor of a dtype."""
         kept = {
-            name: tuple(replace(x, dtype=dtype) if holds(x.dtype, dtype) else x for x in parts)
+            name: tuple(replace(x, dtype=narrower(x.dtype, dtype)) for x in parts)
             for name, parts in (("rates", self.rates), ("gates", self.gates), ("factors", self.factors))
         }
         return replace(self, **kept)  # type: ignore[arg-type]
@@ -132,6 +131,7 @@ def condition_of(node: Node, frame: tuple[Any, ...], place: Place, reader: Reade
 
 
 def weight_at(node: Node, place: Place, reader: Reader) -> Weight:
+    """The factor that an element of `node` is. Raises `Reject` at what has no rule."""
     if not isinstance(val(node), torch.Tensor):
         raise stop(node)
     if val(node).dtype == torch.bool:
@@ -169,7 +169,7 @@ def weight_at(node: Node, place: Place, reader: Reader) -> Weight:
 
 def _factor(node: Node, place: Place) -> Weight:
     """A real tensor that hangs on the key and on no query, and holds no half of a decay."""
-    axes = frozenset().union(*map(c.axes_of, place))
+    axes = c.axes_of(place)
     if "key" not in axes or "query" in axes or not is_floating(node) or _accumulates(node):
         raise stop(node)
     return Weight(factors=(Factor(node, place, val(node).dtype),))
@@ -232,9 +232,6 @@ def _logarithm(node: Node, place: Place, by: float, reader: Reader) -> Weight:
     found = span_of(node, place, reader)
     if found is not None:
         return Weight(gates=(Gates(found[0], by * found[1], dtype=found[0].dtype),))
-    args: Any = node.args
-    if node.target is _aten.neg.default:
-        return _logarithm(args[0], place, -by, reader)
     chosen = choice_at(node, place, reader)
     if chosen is not None:
         condition, yes, no = chosen
@@ -242,14 +239,8 @@ def _logarithm(node: Node, place: Place, by: float, reader: Reader) -> Weight:
         if fill is None or by * fill != -math.inf or not isinstance(yes, Node):
             raise stop(node)
         return _logarithm(yes, place_in(node, yes, place), by, reader).where(condition)
-    if node.target in (*_TIMES, *_OVER):
-        number = constant_number(args[1])
-        if number:
-            by = by * number if node.target in _TIMES else by / number
-            return _logarithm(args[0], place_in(node, args[0], place), by, reader)
-        number = constant_number(args[0])
-        if number and node.target in _TIMES:
-            return _logarithm(args[1], place_in(node, args[1], place), by * number, reader)
+    if (times := scaled(node)) is not None:
+        return _logarithm(times[0], place_in(node, times[0], place), by * times[1], reader)
     if node.target in _TIMES:
         return _rated(node, place, by, reader)
     return Weight(rates=(Rate(distance_at(node, place, reader), by),))
@@ -266,7 +257,7 @@ def _rated(node: Node, place: Place, by: float, reader: Reader) -> Weight:
         while source.target is _aten.neg.default:
             turned = -turned
             source, at = origin_of(source.args[0], at)  # type: ignore[arg-type]
-        if {"query", "key"} & frozenset().union(*map(c.axes_of, at)):
+        if {"query", "key"} & c.axes_of(at):
             continue
         reason = f"the rate {source.name} holds whole numbers, which may wrap, or is a size"
         require(is_floating(source), reason, node)

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.graph.dataflow import calls_of
 from effopt.graph.matching import bound_arguments
 from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of, val
@@ -47,6 +49,11 @@ def is_alive(node: Node, depth: int = _DEAD_DEPTH) -> bool:
     if node.op == "output" or not depth or node.is_impure():
         return True
     return any(is_alive(user, depth - 1) for user in node.users)
+
+
+def collects(graph: Graph) -> bool:
+    """Whether a graph may hold a collection: to be asked ahead of a search for loops."""
+    return any(node.target in WRITES or _joins_places(node) for node in calls_of(graph, (*JOINS, *WRITES)))
 
 
 def collectors(value: Node, beyond: Collection[Any]) -> dict[Node, Node]:
@@ -97,13 +104,21 @@ def _place(write: Node) -> tuple[int, Any]:
     return axis, position
 
 
+def _joins_places(node: Node) -> bool:
+    """Whether each value that is joined is one place of the axis."""
+    values, axis = bound_arguments(node).values()
+    axis = axis % val(node).dim()
+    return node.target is _aten.stack.default or all(
+        len(shape_of(value)) > axis and statically_known_true(shape_of(value)[axis] == 1) for value in values
+    )
+
+
 def collected(node: Node) -> Collected:
     """What the last call of a collection collects. Raises `Reject`."""
     if node.target in JOINS:
         values, axis = bound_arguments(node).values()
         keeps_axis, axis = node.target is _aten.cat.default, axis % val(node).dim()
-        one = not keeps_axis or all(shape_of(value)[axis] == 1 for value in values)
-        require(one, f"{node.name} joins values that are more than one place long", node)
+        require(_joins_places(node), f"{node.name} joins values that are more than one place long", node)
         return Collected(node, tuple(values), axis, keeps_axis, (node,))
     writes = [node]
     while _continues(writes[-1], writes[-1].args[0]):

@@ -177,6 +177,7 @@ def _first(value: Any) -> Any:
 
 
 def sizes_of(value: Any) -> tuple[Any, ...]:
+    """The shape of a tensor, or of a value in each step."""
     if isinstance(value, Along):
         sizes = shape_of(value.base)
         kept = (1,) if value.keeps_axis else ()
@@ -190,8 +191,10 @@ def dtype_of(value: Any) -> torch.dtype:
 
 
 def name_of(value: Any) -> str:
+    """What reasons call it: the node in the first step, or what all steps read parts of."""
     return getattr(value.base if isinstance(value, Along) else _first(value), "name", str(value))
 
 
 def told(axes: Axes) -> str:
+    """Axes as reasons write them: `(b, 1, d)`."""
     return f"({', '.join(axis or '1' for axis in axes)})"

@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.graph import ops
 from effopt.graph.analyses.masks.conditions import axes_of
-from effopt.graph.analyses.masks.moves import Place, source_of
+from effopt.graph.analyses.masks.moves import MOVES, Place, source_of
 from effopt.graph.analyses.masks.reading import covers
 from effopt.graph.analyses.masks.sums import Axis, Sum, divided, of
+from effopt.graph.dataflow import calls_of
 from effopt.graph.normalize import view_base, view_root
 from effopt.graph.ops.base import bind_schema
 from effopt.graph.rewrite import require
@@ -35,6 +37,7 @@ _GATHERS = {
     _aten.gather.default,
     _aten.take_along_dim.default,
 }
+_READERS = {*MOVES, _aten.unbind.int, ops.attention.overload}
 _WRITES = {
     *(_aten.index_put.default, _aten.index_copy.default, _aten.index_add.default, _aten.copy.default),
     *(_aten.slice_scatter.default, _aten.select_scatter.default, _aten.scatter.src, _aten.scatter.value),
@@ -77,6 +80,17 @@ class Gathered:
     """Whether a page below 0 is one from the end, as for `pages[table]`; else it is an error."""
     between: tuple[Node, ...]
     """The nodes from the keys back to the gather."""
+
+
+def gathers(graph: Graph) -> bool:
+    """Whether a graph may hold gathered pages: to be asked ahead of a look at each attention.
+
+    Rows of an embedding that only a norm or a sum reads, such as those of tokens, are none.
+    """
+    return any(
+        len(shape_of(node.args[0])) > 2 or any(user.target in _READERS for user in node.users)
+        for node in calls_of(graph, _GATHERS)
+    )
 
 
 def gathered(node: Node, name: str) -> Gathered | None:

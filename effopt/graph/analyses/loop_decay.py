@@ -51,7 +51,7 @@ def decay_of(found: Timed, where: Node, by: float = 1.0) -> Iterator[Factor]:
     """The factors of a decay. Raises `Reject` at one that is not known to be in (0, 1], or an exponential."""
     number = number_of(found)
     if number is not None:
-        yield _of_number(float(number), found, by, where)
+        yield _of_number(float(number), by, where)
         return
     call = call_of(found.value)
     target, args = call if call is not None else (None, [])
@@ -60,7 +60,7 @@ def decay_of(found: Timed, where: Node, by: float = 1.0) -> Iterator[Factor]:
             yield from decay_of(operands_of(found, operand), where, by)
     elif target is _aten.div.Tensor and (number := constant_number(args[1])):
         yield from decay_of(operands_of(found, args[0]), where, by)
-        yield _of_number(1 / number, found, by, where)
+        yield _of_number(1 / number, by, where)
     elif target is _aten.exp.default:
         yield Factor(Kind.EXPONENT, operands_of(found, args[0]), by)
     elif target is _aten.sigmoid.default:
@@ -85,7 +85,7 @@ def _rest_of_rest(found: Timed, target: Any, args: list[Any]) -> Timed | None:
     return None if whole is None or inner is None else operands_of(inner, whole)
 
 
-def _of_number(number: float, found: Timed, by: float, where: Node) -> Factor:
+def _of_number(number: float, by: float, where: Node) -> Factor:
     require(number > 0, f"its decay is {number}: it has no logarithm", where)
     require(number <= 1, f"its decay is {number}: it grows", where)
     return Factor(Kind.NUMBER, Timed(number, ()), by)

@@ -165,7 +165,7 @@ def require_timed(found: Timed, sizes: Mapping[str, Any], where: Node) -> None:
     elif isinstance(found.value, Apply):
         target = found.value.target
         words = f"{name_of(found.value)}, {target}, is computed in each step: compute it before the loop"
-        is_plain = not any(isinstance(value, (list, tuple)) for value in arguments_of(found.value))
+        is_plain = not any(isinstance(value, (list, tuple)) for value in _arguments_of(found.value))
         require(taken(found) is not None or (is_pointwise(target) and is_plain), words, where)
         for below in _below(found):
             require_timed(below, sizes, where)
@@ -184,11 +184,11 @@ def nodes_of(found: Timed) -> Iterator[Node]:
 
 def _below(found: Timed) -> list[Timed]:
     part = taken(found)
-    given = [x for x in arguments_of(found.value) if isinstance(x, Series | Node)]
+    given = [x for x in _arguments_of(found.value) if isinstance(x, Series | Node)]
     return [operands_of(found, x) for x in given] if part is None else [part.inner]
 
 
-def arguments_of(call: Apply) -> tuple[Any, ...]:
+def _arguments_of(call: Apply) -> tuple[Any, ...]:
     """By position and by name."""
     return (*call.args, *call.kwargs.values())
 

@@ -17,7 +17,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.causal_distance import origin_of
 from effopt.graph.analyses.einsum_letters import letters_of
-from effopt.graph.analyses.masks import conditions as c
 from effopt.graph.analyses.masks.moves import Place, aligned
 from effopt.graph.analyses.masks.sums import Axis, Sum, of, whole
 from effopt.graph.placed import Placed
@@ -57,11 +56,6 @@ def named(place: Place, names: Mapping[str, str]) -> Place:
         return total
 
     return tuple(map(other, place))
-
-
-def axes_of(place: Place) -> frozenset[str]:
-    """Names of the axes that a place hangs on."""
-    return frozenset().union(*map(c.axes_of, place))
 
 
 def product_at(node: Node, place: Place, depth: int = _MOST_DEPTH) -> Product:

@@ -32,14 +32,12 @@ from effopt.graph.analyses.factors import (
 )
 from effopt.graph.analyses.lockstep import Apply, Series, State, leaves
 from effopt.graph.analyses.no_ops import COPIES
-from effopt.graph.constants import constant_number
+from effopt.graph.constants import SCALINGS, constant_number
 from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of, val
 
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.matmul.default, _aten.bmm.default, _aten.mm.default, _aten.mv.default, _aten.dot.default)
-_FACTORS = {_aten.mul.Tensor: 1, _aten.mul.Scalar: 1, _aten.div.Tensor: -1, _aten.div.Scalar: -1}
-"""Calls that scale by a number, and the power of it."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,14 @@ def read_out(series: Any, state: Axes, where: Node) -> ReadOut:
         return _sum(args, state, where)
     if target is _aten.einsum.default:
         return _einsum(args[0], args[1], state, where)
-    if target in _FACTORS:
+    if target in SCALINGS:
         number = constant_number(args[1])
         if not number and target is _aten.mul.Tensor and reads_state(args[0]) != reads_state(args[1]):
             return _scaled(series, args, state, where)
         words = f"its read-out goes through {target}: multiply what is collected, behind the loop"
         require(bool(number), words, where)
         below = read_out(args[0], state, where)
-        return replace(below, scale=below.scale * float(number or 1.0) ** _FACTORS[target])
+        return replace(below, scale=below.scale * float(number or 1.0) ** SCALINGS[target])
     if target is _aten.add.Tensor and args[2] == 1 and reads_state(args[0]) != reads_state(args[1]):
         return _plus(series, args, state, where)
     below = read_out(args[0], state, where)

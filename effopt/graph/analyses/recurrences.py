@@ -25,6 +25,7 @@ from effopt.graph.analyses.loop_outputs import Ends, Output, outputs_of, require
 from effopt.graph.analyses.step_chains import Miss, chains, nonlinear, steps_by_form
 from effopt.graph.analyses.step_forms import Step
 from effopt.graph.constants import constant_number
+from effopt.graph.dataflow import calls_down_to
 from effopt.graph.rewrite import Reject, require
 from effopt.graph.values import shape_of, val
 
@@ -61,13 +62,8 @@ class Recurrence:
 
     def down_to(self, operands: Set[Node]) -> tuple[Node, ...]:
         """The calls of the loop, and those that its sources are made by from `operands`; in graph order."""
-        nodes, waiting = set(self.nodes), list(self.sources)
-        while waiting:
-            node = waiting.pop()
-            if node not in nodes and node not in operands and node.op == "call_function":
-                nodes.add(node)
-                waiting.extend(node.all_input_nodes)
-        return tuple(sorted(nodes))
+        own = set(self.nodes)
+        return tuple(sorted(own | calls_down_to(self.sources, own | operands)))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from effopt.graph import ops
+from effopt.graph.constants import SCALINGS
 from effopt.graph.rewrite import require
 from effopt.graph.values import is_floating, shape_of, val
 
@@ -28,7 +29,6 @@ _VIEWS = {
 }
 _LOOKUPS = {_aten.index.Tensor, _aten.embedding.default, _aten.index_select.default}
 _JOINS = {_aten.cat.default, _aten.stack.default}
-_FACTORS = {_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar}
 _PRODUCTS = {
     *(_aten.mul.Tensor, _aten.matmul.default, _aten.bmm.default, _aten.outer.default),
     _aten.einsum.default,
@@ -94,7 +94,7 @@ def _laid_out_from(node: Node) -> Node | None:
 
 def _factored(node: Node) -> Node | None:
     """What a node multiplies by a number."""
-    if node.target not in _FACTORS:
+    if node.target not in SCALINGS:
         return None
     a, b = node.args[:2]
     if _is_number(b) and isinstance(a, Node):

@@ -19,13 +19,11 @@ from effopt.graph.analyses.masks import conditions as c
 from effopt.graph.analyses.masks.moves import Place, source_of
 from effopt.graph.analyses.masks.reading import Reader
 from effopt.graph.analyses.masks.sums import Axis, Sum, of, whole
-from effopt.graph.constants import constant_number
+from effopt.graph.constants import constant_number, scaled
 from effopt.graph.rewrite import Reject
 from effopt.graph.values import is_floating, shape_of, val
 
 _aten = torch.ops.aten
-_TIMES = {_aten.mul.Tensor, _aten.mul.Scalar}
-_OVER = {_aten.div.Tensor, _aten.div.Scalar}
 _SIGNS = {_aten.add.Tensor: 1.0, _aten.sub.Tensor: -1.0}
 SUMMED = "summed"
 """The name of the axis that is summed over, in the place of a `Span`."""
@@ -58,6 +56,11 @@ class Span:
         return replace(self, after=self.upto, upto=self.after)
 
 
+def narrower(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """The one of two floating-point dtypes that has fewer digits."""
+    return max(one, other, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def span_of(node: Node, place: Place, reader: Reader) -> tuple[Span, float] | None:
     """A span, and what it is multiplied by; None where `node` is no sum of gates. Raises `Reject`."""
     terms = _terms(node, place, reader)
@@ -66,7 +69,7 @@ def span_of(node: Node, place: Place, reader: Reader) -> tuple[Span, float] | No
     if len(terms) == 1:
         return terms[0]
     (one, by), (other, less) = terms[0], terms[-1]
-    between = replace(one, after=other.upto, dtype=_narrower(one.dtype, other.dtype))
+    between = replace(one, after=other.upto, dtype=narrower(one.dtype, other.dtype))
     same = len(terms) == 2 and one.begins and other.begins and by == -less
     if not same or between != replace(other, after=other.upto, upto=one.upto, dtype=between.dtype):
         raise Reject(f"the decay, {node.name}, is no difference of one cumulative sum at two tokens", node)
@@ -84,17 +87,11 @@ def _terms(node: Any, place: Place, reader: Reader, by: float = 1.0) -> list[tup
     if node.target is _aten.cumsum.default:
         found = _cumulative(node, place, reader)
         return [] if found is None else [(found, by)]
-    if node.target is _aten.neg.default:
-        return _terms(args[0], place, reader, -by)
     if node.target in CASTS:
         inner = _terms(args[0], place_in(node, args[0], place), reader, by)
-        return [(replace(s, dtype=_narrower(s.dtype, val(node).dtype)), n) for s, n in inner]
-    if node.target in (*_TIMES, *_OVER):
-        number = constant_number(args[1])
-        if not number or not isinstance(args[0], Node):
-            return []
-        by = by * number if node.target in _TIMES else by / number
-        return _terms(args[0], place_in(node, args[0], place), reader, by)
+        return [(replace(s, dtype=narrower(s.dtype, val(node).dtype)), n) for s, n in inner]
+    if (times := scaled(node)) is not None:
+        return _terms(times[0], place_in(node, times[0], place), reader, by * times[1])
     if node.target not in _SIGNS or node.kwargs or not all(isinstance(a, Node) for a in args):
         return []
     one = _terms(args[0], place_in(node, args[0], place), reader, by)
@@ -133,8 +130,3 @@ def _first(held: c.Condition, along: Sum) -> Sum | None:
     if not isinstance(held, c.AtMost) or axis is None or dict(held.of.terms).get(axis) != -1:
         return None
     return held.of + along
-
-
-def _narrower(one: torch.dtype, other: torch.dtype) -> torch.dtype:
-    """The one of less digits, or what both have in common is unknown and it is `one`."""
-    return other if torch.promote_types(one, other) == one else one

@@ -17,13 +17,12 @@ import torch
 from torch.fx import Graph, Node
 
 from effopt.graph.analyses.lockstep import part_at
-from effopt.graph.analyses.step_forms import Inner, Step, steps_of
+from effopt.graph.analyses.step_forms import TARGETS, Inner, Step, steps_of
+from effopt.graph.dataflow import calls_of
 from effopt.graph.rewrite import Reject
 
 _aten = torch.ops.aten
 _SIGNATURE_DEPTH = 3  # calls of a step's operands that are compared to tell where a loop begins and ends
-
-
 ByForm = dict[Hashable, dict[Node, Step]]
 """Form -> the call of a step -> that step, each in graph order."""
 
@@ -40,14 +39,14 @@ class Miss(Reject):
 def steps_by_form(graph: Graph) -> ByForm:
     """All that can be a step, by which operand is what; each in graph order."""
     found: ByForm = {}
-    for node in graph.nodes:
-        for step in steps_of(node) if node.op == "call_function" else ():
+    for node in calls_of(graph, TARGETS):
+        for step in steps_of(node):
             found.setdefault(step.form, {})[node] = step
     return found
 
 
 def chains(steps: ByForm) -> Iterator[list[Step]]:
-    """ByForm of one form, each of which reads the state of the one before: two or more, that look alike."""
+    """Steps of one form, each of which reads the state of the one before: two or more, that look alike."""
     length: dict[tuple[Hashable, Node], int] = {}
     for form, by_node in steps.items():
         for node, step in by_node.items():

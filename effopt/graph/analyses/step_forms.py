@@ -8,7 +8,7 @@ What a call computes on the way, such as the product in `baddbmm`, is an `Inner`
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ _PRODUCTS: dict[Any, Any] = {
     _aten.addr.default: _aten.outer.default,
 }
 """A call that adds a product to its first operand -> the product."""
-_LERPS = (_aten.lerp.Scalar, _aten.lerp.Tensor)
 
 
 @dataclass(frozen=True)
@@ -56,22 +55,8 @@ class Step:
 
 
 def steps_of(node: Node) -> Iterator[Step]:
-    """Every way in which a call can be one step."""
-    target = node.target
-    if target is _aten.add.Tensor:
-        yield from _of_sum(node)
-    elif target is _aten.sub.Tensor:
-        kept, taken, alpha = bound_arguments(node).values()
-        if type(alpha) in (int, float) and isinstance(taken, Node):
-            yield from _kept(node, "sub", kept, _times(taken, -alpha, node), 1)
-    elif target in _PRODUCTS:
-        yield from _of_product(node)
-    elif target is _aten.addbmm.default:
-        kept, left, right, beta, alpha = bound_arguments(node).values()
-        summed = Inner(_aten.einsum.default, ("bij,bjk->ik", (left, right), None), node)
-        yield from _kept(node, target, kept, _times(summed, alpha, node), beta)
-    elif target in _LERPS:
-        yield from _of_lerp(node)
+    """Every way in which a call of one of `TARGETS` can be one step."""
+    yield from _FORMS[node.target](node)
 
 
 def _of_sum(node: Node) -> Iterator[Step]:
@@ -84,9 +69,15 @@ def _of_sum(node: Node) -> Iterator[Step]:
         yield from _kept(node, ("add", i), operands[i], added, by)
 
 
+def _of_difference(node: Node) -> Iterator[Step]:
+    kept, taken, alpha = bound_arguments(node).values()
+    if type(alpha) in (int, float) and isinstance(taken, Node):
+        yield from _kept(node, "sub", kept, _times(taken, -alpha, node), 1)
+
+
 def _of_product(node: Node) -> Iterator[Step]:
-    kept, *factors = list(bound_arguments(node).values())[:3]
     bound = bound_arguments(node)
+    kept, *factors = list(bound.values())[:3]
     by, times = bound.get("beta", 1), bound.get("value", bound.get("alpha"))
     if type(by) not in (int, float) or type(times) not in (int, float):
         return
@@ -97,6 +88,13 @@ def _of_product(node: Node) -> Iterator[Step]:
             yield Step(node, ("addcmul", j), factors[j], decay, kept, None)
     added = Inner(_PRODUCTS[node.target], tuple(factors), node)
     yield from _kept(node, node.target, kept, _times(added, times, node), by)
+
+
+def _of_batch(node: Node) -> Iterator[Step]:
+    """Of products that are summed over a batch."""
+    kept, left, right, beta, alpha = bound_arguments(node).values()
+    summed = Inner(_aten.einsum.default, ("bij,bjk->ik", (left, right), None), node)
+    yield from _kept(node, node.target, kept, _times(summed, alpha, node), beta)
 
 
 def _of_lerp(node: Node) -> Iterator[Step]:
@@ -140,3 +138,15 @@ def _inverse(value: Any) -> Any:
     if number is not None:
         return 1 / number if number else float("inf")
     return Inner(_aten.reciprocal.default, (value,), value)
+
+
+_FORMS: dict[Any, Callable[[Node], Iterator[Step]]] = {
+    _aten.add.Tensor: _of_sum,
+    _aten.sub.Tensor: _of_difference,
+    **dict.fromkeys(_PRODUCTS, _of_product),
+    _aten.addbmm.default: _of_batch,
+    _aten.lerp.Scalar: _of_lerp,
+    _aten.lerp.Tensor: _of_lerp,
+}
+TARGETS = tuple(_FORMS)
+"""All that can be a step."""

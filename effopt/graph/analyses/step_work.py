@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,22 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from effopt.graph.analyses.collected import JOINS, WRITES, Collected, collected, collectors, is_alive
+from effopt.graph.analyses.collected import (
+    JOINS,
+    WRITES,
+    Collected,
+    collected,
+    collectors,
+    collects,
+    is_alive,
+)
 from effopt.graph.analyses.factors import reshaped
 from effopt.graph.analyses.lockstep import Along, Apply, Lockstep, Same
 from effopt.graph.analyses.no_ops import COPIES
 from effopt.graph.analyses.over_time import is_pointwise
 from effopt.graph.analyses.step_chains import chains, steps_by_form
 from effopt.graph.analyses.step_forms import Step
-from effopt.graph.constants import constant_number
+from effopt.graph.constants import SCALINGS, constant_number
 from effopt.graph.rewrite import Reject, require
 from effopt.graph.values import shape_of, val
 
@@ -42,7 +51,6 @@ _LAYOUTS = (
     _aten.select.int,
     _aten.slice.Tensor,
 )
-_NUMBERS = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,8 @@ class Work:
 
 def works(graph: Graph) -> Iterator[Work]:
     """All of a graph."""
+    if not collects(graph):
+        return
     loops = [chain for chain in chains(steps_by_form(graph)) if _is_loop(chain)]
     states = {step.node for chain in loops for step in chain} | {chain[0].previous for chain in loops}
     depending: set[Node] = set()
@@ -106,10 +116,8 @@ def works(graph: Graph) -> Iterator[Work]:
 def _is_loop(chain: Sequence[Step]) -> bool:
     """Whether its steps read one part of a tensor after another."""
     lockstep = Lockstep([step.previous for step in chain])
-    try:
+    with suppress(Reject):
         lockstep.series([step.added for step in chain])
-    except Reject:
-        return lockstep.has_parts
     return lockstep.has_parts
 
 
@@ -221,7 +229,7 @@ def _has_work(tree: Any) -> bool:
     """Whether there is more than scaling by a number, one cast, and layout: a read-out may have those."""
     if not isinstance(tree, Apply):
         return False
-    is_scaled = tree.target in _NUMBERS and constant_number(tree.nodes[0].args[1]) is not None
+    is_scaled = tree.target in SCALINGS and constant_number(tree.nodes[0].args[1]) is not None
     casts = _casts(tree)
     is_work = is_pointwise(tree.target) and not is_scaled and tree.target not in COPIES
     return is_work or casts > 1 or any(_has_work(below) for below in tree.args)

@@ -26,6 +26,7 @@ from torch.fx import GraphModule
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from effopt.graph import ops
+from effopt.graph.analyses.gathered_pages import gathers
 from effopt.graph.driver import apply_rewrite
 from effopt.graph.ops.attention import OPTIONS
 from effopt.graph.paged_attention_form import PagedForm, read, write
@@ -55,6 +56,8 @@ class RecognizePagedAttention(Rewrite):
 
     def apply(self, module: GraphModule, context: Context) -> PassResult:
         """As every rewrite; in training nothing is rewritten, with the reason."""
+        if not gathers(module.graph):
+            return PassResult()
 
         def approve(rule: Any, m: Match, replacement: Replacement) -> str | None:
             # What is compared begins before the gather: an embedding is one, and elsewhere taken as given.
@@ -71,14 +74,13 @@ class RecognizePagedAttention(Rewrite):
         return write(emit, m, m.once(read))
 
     def samples(self) -> Iterable[Example]:
-        q, pool, table, lengths = _inputs()
-        yield Example(_step, (q, pool, table, lengths), training=False)
+        given = _, pool, table, lengths = _inputs()
+        yield Example(_step, given, training=False)
         drafted = torch.randn(2, 4, 3, 8)
         yield Example(_last, (drafted, pool.transpose(1, 2).contiguous(), table % 7, lengths), training=False)
 
     def refusals(self) -> Iterable[Example]:
-        q, pool, table, lengths = _inputs()
-        given = (q, pool, table, lengths)
+        given = q, pool, table, lengths = _inputs()
         yield Example(_step, given, "training: ", training=True)
 
         def two_tables(q: Tensor, pool: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
@@ -133,8 +135,7 @@ def _step(q: Tensor, pool: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _last(q: Tensor, pool: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
-    b, columns = table.shape
-    k = pool.index_select(0, table.flatten()).unflatten(0, (b, columns)).transpose(1, 2).flatten(2, 3)
+    k = pool.index_select(0, table.flatten()).unflatten(0, table.shape).transpose(1, 2).flatten(2, 3)
     k, t = k.repeat_interleave(2, 1), q.shape[2]
     rows = (lengths[:, None] - t + torch.arange(t))[:, None, :, None]
     scores = (q @ k.mT).masked_fill(torch.arange(k.shape[2]) > rows, -torch.inf)

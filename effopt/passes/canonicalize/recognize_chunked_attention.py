@@ -61,7 +61,7 @@ class RecognizeChunkedAttention(GraphPass):
         return result
 
     def legal(self, m: Match) -> None:
-        """What was found is."""
+        """All of it was proved where it was read."""
 
     def outputs(self, m: Match) -> tuple[Node, ...]:
         """The sum, and the state after the last chunk."""

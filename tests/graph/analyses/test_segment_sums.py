@@ -95,3 +95,17 @@ def test_look_alikes(name: str) -> None:
     root: Any = output.args[0]
     with pytest.raises(Reject, match="no difference of one cumulative sum at two tokens"):
         span_of(root, places(shape_of(root)), Reader())
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_the_dtype_is_that_of_fewest_digits(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    def rounded(g: Tensor) -> Tensor:
+        total = g.cumsum(-1)
+        return total[..., :, None].to(dtypes[0]) - total[..., None, :].to(dtypes[1])
+
+    module = make_fx(rounded, tracing_mode="fake", pre_dispatch=True)(GATES)
+    (output,) = module.graph.find_nodes(op="output")
+    root: Any = output.args[0]
+    found = span_of(root, places(shape_of(root)), Reader())
+    assert found is not None
+    assert found[0].dtype == torch.bfloat16

@@ -200,11 +200,13 @@ def _replaced_atom(atom: Atom, axes: Mapping[str, Sum], again: Callable[[Any], A
 
 
 def axes_of(value: Any) -> frozenset[str]:
-    """Names of the axes that a value depends on."""
+    """Names of the axes that a value, or a place, depends on."""
     if isinstance(value, Axis):
         return frozenset({value.name})
     if isinstance(value, Sum):
         parts: Iterable[Any] = (atom for atom, _ in value.terms)
+    elif isinstance(value, tuple):
+        parts = value
     elif isinstance(value, (Element, Given)):
         parts = value.at
     elif isinstance(value, (All, Some, Opaque)):
