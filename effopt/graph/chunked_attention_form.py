@@ -78,7 +78,24 @@ def read(root: Node) -> ChunkedForm:
         except Reject as why:
             told = told if told is not None and told.reason else why
     assert told is not None
-    raise told
+    words = (
+        "states of chunks are added to what is no product of queries, keys, values and one decay of gates,"
+        " with two tokens a chunk and two channels at least"
+    )
+    raise told if told.reason or not _reads_states(root) else Reject(words, root)
+
+
+def _reads_states(root: Node) -> bool:
+    """Whether one of the terms reads a sum over a state and those of chunks."""
+    place = tuple(of(Axis(str(dim), size)) for dim, size in enumerate(shape_of(root)))
+    for operand in root.args:
+        at = aligned(operand, shape_of(root), place) if isinstance(operand, Node) else None
+        try:
+            if at is not None and states_in(product_at(operand, at), root):  # type: ignore[arg-type]
+                return True
+        except Reject:
+            continue
+    return False
 
 
 def _require_known(root: Node, sizes: dict[str, Any]) -> None:
