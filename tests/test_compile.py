@@ -98,6 +98,41 @@ def test_buffers_that_a_step_writes_train_under_inductor() -> None:
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
+class Updating(nn.Module):
+    """Gradients hang on statistics that a step has just written, and on buffers that are exchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("one", torch.rand(8))
+        self.register_buffer("other", torch.rand(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        with torch.no_grad():
+            kept = self.one.clone()
+            self.one.copy_(self.other)
+            self.other.copy_(kept + y.mean(0))
+        return y * self.norm.running_var * self.one * self.other
+
+
+def test_gradients_read_buffers_as_the_forward_pass_did() -> None:
+    """A copy that Inductor takes for its operand shows the buffer as it is after it was written."""
+    torch.manual_seed(0)
+    net = Updating()
+    same = copy.deepcopy(net)
+    compiled = torch.compile(net, backend=effopt)
+    for _ in range(2):
+        x = torch.randn(6, 8, requires_grad=True)
+        got, wanted = (
+            torch.autograd.grad((run(x) * x).sum(), [x, *module.parameters()])
+            for module, run in ((net, compiled), (same, same))
+        )
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for one, two in zip(net.state_dict().values(), same.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
 def test_refused_graph_says_why_and_runs() -> None:
     with record() as report:
         compiled = torch.compile(torch.func.vmap(lambda r: r.sin().sum()), backend=effopt, options=EAGER)

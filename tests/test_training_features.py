@@ -79,6 +79,37 @@ def test_checkpointed_dropout_has_the_gradient_of_its_forward(way: str, x: Tenso
     assert_trains_as_eager(Stack(recompute=way, dropout=0.5), x)
 
 
+class Counted(nn.Module):
+    """A checkpointed layer, and a buffer that is written outside of its region, or inside."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.layer, self.inside = nn.Linear(16, 16), inside
+        self.register_buffer("count", torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = checkpoint(self.region, x, use_reentrant=False)
+        if not self.inside:
+            self.count.add_(1)
+        return y
+
+    def region(self, x: Tensor) -> Tensor:
+        if self.inside:
+            self.count.add_(1)
+        return torch.tanh(self.layer(x))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_buffers_beside_checkpointed_regions_are_written(inside: bool, x: Tensor) -> None:
+    """Inside, eager writes again where it computes the region again."""
+    model = Counted(inside)
+    same = copy.deepcopy(model)
+    assert_trains_as_eager(model, x)
+    for _ in range(2):
+        gradients(same, same, x)
+    torch.testing.assert_close(model.count, same.count)
+
+
 def test_hooks_on_modules_and_parameters(x: Tensor) -> None:
     model = Stack()
     seen: list[Tensor] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from inspect import isfunction
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.fx import GraphModule
 from effopt.backends.aliasing import SettleAliases
 from effopt.backends.outline import OUTLINED
 from effopt.backends.vector_probe import SETTING, takes_vectors
+from effopt.graph.opaque import writer_in
 
 _invoke = torch.ops.higher_order.invoke_subgraph
 _checkpoint = torch.ops.higher_order.tag_activation_checkpoint
@@ -120,7 +122,9 @@ def run_eagerly(module: GraphModule) -> Callable[..., Any]:
 
 
 def _checkpoint_eagerly(region: GraphModule, *inputs: Any) -> Any:
-    return torch.utils.checkpoint.checkpoint(region, *inputs, use_reentrant=False, preserve_rng_state=True)
+    """A region that writes its buffers reads them as eager's modules do: they are no operands to be saved."""
+    run = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=True)
+    return run(region, *inputs) if writer_in(region) is None else run(partial(region, *inputs))
 
 
 def _own_buffers(module: GraphModule) -> AbstractContextManager[Any]:

@@ -71,7 +71,10 @@ def read(root: Node) -> ChunkedForm:
     sizes = shape_of(root)
     plain = len(sizes) == 5 and is_floating(root) and len(root.args) == 2 and not root.kwargs
     require(plain, "", root)
-    return _first(partial(_read, root, order) for order in _ORDERS)
+    try:
+        return _first(partial(_read, root, order) for order in _ORDERS)
+    except Reject as why:
+        raise why if why.reason else _without_reason(root) from None
 
 
 def _first(ways: Iterable[Callable[[], _T]]) -> _T:
@@ -83,6 +86,28 @@ def _first(ways: Iterable[Callable[[], _T]]) -> _T:
         except Reject as why:
             told = told if told.reason else why
     raise told
+
+
+def _without_reason(root: Node) -> Reject:
+    """What is said of a sum that reads states of chunks, and is not the form."""
+    words = (
+        "states of chunks are added to what is no product of queries, keys, values and one decay of gates,"
+        " with two tokens a chunk and two channels at least"
+    )
+    return Reject(words if _reads_states(root) else "", root)
+
+
+def _reads_states(root: Node) -> bool:
+    """Whether one of the terms reads a sum over a state and those of chunks."""
+    place = tuple(of(Axis(str(dim), size)) for dim, size in enumerate(shape_of(root)))
+    for operand in root.args:
+        at = aligned(operand, shape_of(root), place) if isinstance(operand, Node) else None
+        try:
+            if at is not None and states_in(product_at(operand, at), root):  # type: ignore[arg-type]
+                return True
+        except Reject:
+            continue
+    return False
 
 
 def _require_known(root: Node, sizes: dict[str, Any]) -> None:

@@ -84,7 +84,9 @@ def set_aside(module: GraphModule) -> Iterator[dict[int, Call]]:
             _results[key] = _fake_results(node)
             calls[key] = _stand_in(module, node, key)
         if calls:
-            module.graph.eliminate_dead_code()
+            # Not `eliminate_dead_code`: it takes a method that writes in place for one without effect.
+            for read in [n for n in module.graph.find_nodes(op="get_attr") if not n.users]:
+                module.graph.erase_node(read)
             module.recompile()
         yield calls
     finally:
@@ -193,10 +195,15 @@ def _refuse_writes(module: GraphModule, node: Node) -> None:
     for operand in node.all_input_nodes:
         body = _attribute(module, operand)
         if isinstance(body, GraphModule):
-            for inner in (m for m in body.modules() if isinstance(m, GraphModule)):
-                for call in inner.graph.nodes:
-                    if _writes(call):
-                        raise CaptureRefused(f"{node.target} has a body that writes in place ({call.name})")
+            call = writer_in(body)
+            if call is not None:
+                raise CaptureRefused(f"{node.target} has a body that writes in place ({call.name})")
+
+
+def writer_in(body: GraphModule) -> Node | None:
+    """A call that writes in place, in a body of Dynamo's vocabulary or in one of its own bodies."""
+    graphs = (m.graph for m in body.modules() if isinstance(m, GraphModule))
+    return next((call for graph in graphs for call in graph.nodes if _writes(call)), None)
 
 
 def _writes(node: Node) -> bool:

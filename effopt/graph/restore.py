@@ -15,8 +15,11 @@ from effopt.graph.capture import Captured, OutputForm, output_forms
 from effopt.graph.values import val
 
 _aten = torch.ops.aten
-_UPDATES_ONLY = {_aten._native_batch_norm_legit_functional.default}
-"""Training reads what is written for its new value alone: other results may be computed again."""
+_ORDERED = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
+"""Dtypes that `maximum` takes."""
 
 
 def restore(captured: Captured, runs_eagerly: bool = False) -> GraphModule:
@@ -126,31 +129,34 @@ def _clone_old_reads(graph: Graph, output: Node, captured: Captured, values: lis
 
 
 def _keep_old_values(graph: Graph, mutated: Sequence[int]) -> None:
-    """Read written inputs through a copy, and have what is computed from them saved for the backward pass.
+    """Read written inputs through a copy, which is saved for the backward pass and never made again there.
 
     Autograd refuses a saved tensor that was overwritten. AOTAutograd computes again from one, unless told
     not to: torch 2.13 gives `y * buffer.add_(1)` the gradient of `buffer + 2`, without effopt too.
     """
     placeholders = list(graph.find_nodes(op="placeholder"))
     (output,) = graph.find_nodes(op="output")
-    pending = []
     for position in mutated:
         old = placeholders[position]
         users = [user for user in old.users if user is not output]
         if not users:
             continue
         with graph.inserting_after(placeholders[-1]):
-            copied = graph.call_function(_aten.clone.default, (old,))
-        copied.meta.update({k: v for k, v in old.meta.items() if k in ("val",)})
+            copied = _copy(graph, old)
+        copied.meta |= {"val": val(old), "recompute": CheckpointPolicy.MUST_SAVE}
         for user in users:
             user.replace_input_with(old, copied)
-        pending.append(copied)
-    while pending:
-        for user in pending.pop().users:
-            if normalize.is_view(user):
-                pending.append(user)
-            elif user.op == "call_function" and user.target not in _UPDATES_ONLY:
-                user.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _copy(graph: Graph, node: Node) -> Node:
+    """A copy that Inductor makes: it takes `clone` for its operand wherever no result shows it.
+
+    What requires a gradient is not written within the graph of AOTAutograd, and `clone` is enough.
+    """
+    value = val(node)
+    if value.requires_grad or value.dtype not in _ORDERED:
+        return graph.call_function(_aten.clone.default, (node,))
+    return graph.call_function(_aten.maximum.default, (node, node))
 
 
 def _write_back(graph: Graph, output: Node, captured: Captured, values: Sequence[Any]) -> list[Any]:

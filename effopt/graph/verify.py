@@ -77,8 +77,15 @@ def _call_faults(node: Node, lowered: bool) -> Iterator[str]:
         yield f"calls {target!r}, which is not a function"
     elif not (lowered or _is_known(target)):
         yield "calls something that is neither an op, a higher-order op nor arithmetic on sizes"
-    if "val" not in node.meta and not lowered and not isinstance(target, torch._ops.HigherOrderOperator):
+    if "val" not in node.meta and not lowered and _has_value(target):
         yield "has no fake value (meta['val'])"
+
+
+def _has_value(target: Any) -> bool:
+    """Whether calls have a fake value; what checks a size that data decide (`_assert_scalar`) has none."""
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.returns)
+    return not isinstance(target, torch._ops.HigherOrderOperator)
 
 
 def _is_known(target: Callable[..., Any]) -> bool:

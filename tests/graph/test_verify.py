@@ -15,6 +15,7 @@ from effopt.graph.snapshot import Snapshot
 from effopt.graph.verify import check_graph
 from effopt.passes.base import Example
 from effopt.testing import capture_example
+from tests.passes.conftest import run_compiled
 
 aten = torch.ops.aten
 
@@ -88,6 +89,18 @@ def test_a_damaged_graph(module: GraphModule, damage: Callable[[GraphModule], No
     saved.restore()
     assert listing(module) == before
     check_graph(module, values=True)
+
+
+def test_what_checks_a_size_that_data_decide_needs_no_value() -> None:
+    """Rows picked by a mask: passes would be blamed for the call that checks how many there are."""
+
+    def picked(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(x[torch.tensor([1, 0, 1]).bool()]).square()
+
+    x = torch.randn(3, 4)
+    out, report = run_compiled(picked, x)
+    torch.testing.assert_close(out, picked(x))
+    assert not any(graph.faults for graph in report.graphs)
 
 
 def test_a_snapshot_brings_erased_nodes_back(module: GraphModule) -> None:
