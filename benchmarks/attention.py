@@ -139,6 +139,7 @@ def compiled_flex(
     t, s = mask.shape
     is_open = lambda b, h, i, j: mask[i, j]  # noqa: E731
     blocks = create_block_mask(is_open, None, None, t, s, device=str(mask.device))
+    torch._dynamo.reset()  # a row is a compilation, and past the eighth the library runs it uncompiled
     run = torch.compile(flex_attention, dynamic=False)
     return lambda: run(*operands, block_mask=blocks, scale=scale)
 
