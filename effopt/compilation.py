@@ -24,6 +24,7 @@ from effopt.graph.capture import Captured, capture
 from effopt.graph.held_masks import HeldMasks
 from effopt.graph.kept_blocks import KeptBlocks, give_blocks, reusing
 from effopt.graph.restore import restore
+from effopt.graph.rewrite import Rejected
 from effopt.graph.weights import DerivedWeights
 from effopt.options import Options
 from effopt.passes.base import Context, Pass
@@ -138,6 +139,7 @@ class Compilation:
     def _compile(self, captured: Captured, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.report.training = captured.training
         self._refuse_last_graph()
+        self._keep_from_inductor(captured, inputs)
         weights = DerivedWeights(inputs)
         self._transform(captured, inputs, weights)
         lowered = self._lower(captured, inputs, weights)
@@ -156,6 +158,16 @@ class Compilation:
         if self.options.release_weights:
             self.report.take(release.release(lowered, weights))
         return run_time.with_fresh_weights(compiled, weights)
+
+    def _keep_from_inductor(self, captured: Captured, inputs: Sequence[Any]) -> None:
+        """Run a graph eagerly whose writes AOTAutograd would lose."""
+        lost = [p for p in captured.mutated if inductor.loses_writes(inputs[p])]
+        if not lost or self.options.lowering == "eager":
+            return
+        placeholders = captured.module.graph.find_nodes(op="placeholder")
+        for node in (list(placeholders)[position] for position in lost):
+            self.report.rejected.append(Rejected("inductor", node.name, "", "", inductor.LOST_WRITES))
+        self.options = replace(self.options, lowering="eager")
 
     def _transform(self, captured: Captured, inputs: Sequence[Any], weights: DerivedWeights) -> None:
         module, hook = captured.module, self.registry.hook

@@ -139,3 +139,29 @@ def test_refused_graph_says_why_and_runs() -> None:
         x = torch.randn(3, 4)
         torch.testing.assert_close(compiled(x), x.sin().sum(1))
     assert any("torch.func" in g.refused for g in report.graphs)
+
+
+class Count(nn.Module):
+    """Counts its calls in a buffer of one dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.calls: torch.Tensor
+        self.register_buffer("calls", torch.zeros((), dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return x * self.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64], ids=str)
+def test_a_count_of_no_dimension_is_written(dtype: torch.dtype) -> None:
+    """AOTAutograd loses those of float64 (torch 2.13), so that such a graph runs without Inductor."""
+    model = Count(dtype)
+    with torch.no_grad(), record() as report:
+        compiled = torch.compile(model, backend="effopt")
+        results = [compiled(torch.ones(3)) for _ in range(2)]
+    assert model.calls == 2
+    assert [r.tolist() for r in results] == [[1.0] * 3, [2.0] * 3]
+    left = [r for r in report.rejected if "without Inductor" in r.reason]
+    assert len(left) == (dtype == torch.float64)

@@ -109,6 +109,22 @@ def _settings_of_kernels(module: GraphModule) -> dict[str, Any]:
     return {name: value for each in settings for name, value in each.items()}
 
 
+LOST_WRITES = (
+    "run without Inductor: what is written to a float64 of no dimension on a CPU is lost by AOTAutograd; give"
+    " the buffer one dimension, or another dtype"
+)
+
+
+def loses_writes(given: Any) -> bool:
+    """Whether AOTAutograd loses what a graph writes to this input.
+
+    Dynamo takes a float64 of no dimension for a Python number and traces anew without the write (torch 2.13;
+    `buffer.add_(1)` does nothing under `aot_eager`).
+    """
+    plain = isinstance(given, torch.Tensor) and given.dim() == 0 and given.device.type == "cpu"
+    return plain and given.dtype == torch.float64
+
+
 def run_eagerly(module: GraphModule) -> Callable[..., Any]:
     """`module` without Inductor, its checkpointed regions with the random state that they ran with.
 
