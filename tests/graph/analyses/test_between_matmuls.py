@@ -1,4 +1,4 @@
-"""Which softmax is told of when no pass takes it: one whose weights a product reads, whatever is in between."""
+"""Which softmax is told of when no pass takes it: one whose weights a product reads, sooner or later."""
 
 from __future__ import annotations
 
