@@ -22,7 +22,9 @@ from effopt.backends.triton.attention_scores import exponential, kept_block, see
 from effopt.backends.triton.attention_tiles import AttentionTile
 
 
-def backward_tile_for(of: str, head: int, dtype: torch.dtype, dense: bool) -> AttentionTile:
+def backward_tile_for(
+    of: str, head: int, dtype: torch.dtype, dense: bool, shared: bool = False
+) -> AttentionTile:
     """The tile of the kernel for the gradient `of` query, key or bias; the others as in `tile_for`.
 
     Sums stay in registers beside scores, weights and their gradients, so tiles are smaller than the
@@ -36,7 +38,8 @@ def backward_tile_for(of: str, head: int, dtype: torch.dtype, dense: bool) -> At
     elif of == "bias":
         rows, keys = 32, 16
     elif of == "key" and wide > 64:
-        rows, keys = 16 if dense else 32, 32
+        # Operands in shared memory leave registers for the sums of as many keys as matrix units take at once.
+        rows, keys = 16 if dense else 32, 64 if shared else 32
     else:
         rows, keys = 32 if dense else 64, 32
     return AttentionTile(rows, keys, 8, 1)

@@ -33,6 +33,7 @@ from effopt.backends.triton.attention_tiles import AttentionCall
 from effopt.backends.triton.flash_attention_bias_gradient import bias_gradient
 from effopt.backends.triton.flash_attention_key_gradient import key_gradient
 from effopt.backends.triton.rows import launch
+from effopt.target import reads_shared_memory
 
 SCHEMA = (
     "(Tensor grad, Tensor? grad_lse, Tensor out, Tensor peak, Tensor total, bool[] needs, Tensor query, "
@@ -170,7 +171,8 @@ def _options(call: AttentionCall, of: str, dropout_p: float) -> dict[str, Any]:
     options = call.options() | {"ZERO_ROWS": call.zero_masked_rows, "DROPOUT": dropout_p}
     dense = call.bias is not None or (call.mask is not None and not options["MASK_OVER_KEYS"])
     longer = max(call.query.shape[-1], call.value.shape[-1])
-    return options | backward_tile_for(of, longer, call.query.dtype, dense).options()
+    shared = reads_shared_memory(call.query.device)
+    return options | backward_tile_for(of, longer, call.query.dtype, dense, shared).options()
 
 
 def _gradients(call: AttentionCall, needs: list[bool]) -> list[Tensor]:

@@ -42,6 +42,7 @@ from effopt.backends.triton.linear_attention_channels import STATE_CHANNELS, STA
 from effopt.backends.triton.linear_attention_step import run_step
 from effopt.backends.triton.linear_attention_tiles import (
     between_block,
+    chunk_of_program,
     end_block,
     left_block,
     load_gates,
@@ -119,9 +120,7 @@ def chunk_kernel(
     of the result, and the states their gradients, which are scaled.
     """
     blocks, chunks = tl.cdiv(dv, BLOCK_DV), tl.cdiv(t, CHUNK)
-    i_block, i_chunk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks) % chunks
-    i_line = (tl.program_id(0) // (blocks * chunks)).to(tl.int64)
-    i_b, i_h = i_line // h, i_line % h
+    i_block, i_chunk, i_line, i_b, i_h = chunk_of_program(blocks, chunks, h)
     o_t, o_d = i_chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
     o_dv = i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
     m_t, o_far = o_t < t, o_t.to(tl.int64)

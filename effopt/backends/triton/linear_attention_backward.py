@@ -37,7 +37,12 @@ from effopt.backends.triton.linear_attention import (
 )
 from effopt.backends.triton.linear_attention_call import WARPS, LinearCall, checked, chunk_for, width
 from effopt.backends.triton.linear_attention_channels import pair_flops, run_channel_gradients
-from effopt.backends.triton.linear_attention_tiles import between_block, end_block, gradient_products
+from effopt.backends.triton.linear_attention_tiles import (
+    between_block,
+    chunk_of_program,
+    end_block,
+    gradient_products,
+)
 from effopt.backends.triton.rows import LAUNCH_S, alike_refusal, launch, refusal
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands, hint, tensor_bytes
@@ -61,8 +66,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """The gradients of query and key of one chunk; and of its decays in float32, `[b h, t]`."""
     chunks = tl.cdiv(t, CHUNK)
-    i_chunk, i_line = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
-    i_b, i_h = i_line // h, i_line % h
+    _, i_chunk, i_line, i_b, i_h = chunk_of_program(1, chunks, h)
     o_t, o_d, o_row = i_chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_D), tl.arange(0, CHUNK)
     m_t, o_far = o_t < t, o_t.to(tl.int64)
     p_grad += i_b * grad_strides[0] + i_h * grad_strides[1]

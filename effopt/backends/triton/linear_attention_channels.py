@@ -31,6 +31,7 @@ from torch import Tensor
 from effopt.backends.triton.attention_scores import load_lines
 from effopt.backends.triton.linear_attention_call import WARPS, LinearCall
 from effopt.backends.triton.linear_attention_tiles import (
+    chunk_of_program,
     gradient_products,
     left_block,
     load_gates,
@@ -80,9 +81,7 @@ def channel_chunk_kernel(
     of the result, and the states their gradients, which are scaled.
     """
     blocks, chunks = tl.cdiv(dv, BLOCK_DV), tl.cdiv(t, CHUNK)
-    i_block, i_chunk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks) % chunks
-    i_line = (tl.program_id(0) // (blocks * chunks)).to(tl.int64)
-    i_b, i_h = i_line // h, i_line % h
+    i_block, i_chunk, i_line, i_b, i_h = chunk_of_program(blocks, chunks, h)
     o_row, o_dv = tl.arange(0, CHUNK), i_block * BLOCK_DV + tl.arange(0, BLOCK_DV)
     o_t = i_chunk * CHUNK + o_row
     m_t, o_far = o_t < t, o_t.to(tl.int64)
@@ -143,9 +142,7 @@ def channel_gradient_kernel(
 ):  # fmt: skip
     """The gradients of query, key and gates of one chunk, for one block of channels."""
     blocks, chunks = tl.cdiv(HEAD, BLOCK_D), tl.cdiv(t, CHUNK)
-    i_block, i_chunk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks) % chunks
-    i_line = (tl.program_id(0) // (blocks * chunks)).to(tl.int64)
-    i_b, i_h = i_line // h, i_line % h
+    i_block, i_chunk, i_line, i_b, i_h = chunk_of_program(blocks, chunks, h)
     o_row, o_d = tl.arange(0, CHUNK), i_block * BLOCK_D + tl.arange(0, BLOCK_D)
     o_t = i_chunk * CHUNK + o_row
     m_t, o_far = o_t < t, o_t.to(tl.int64)

@@ -31,6 +31,7 @@ def step_kernel(
     SCALE: tl.constexpr, BY_CHANNEL: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
+    """The result of one token, and the state behind it, for one block of columns of the value."""
     blocks = tl.cdiv(dv, BLOCK_DV)
     i_line, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     i_b, i_h = i_line // h, i_line % h

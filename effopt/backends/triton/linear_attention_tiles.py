@@ -11,6 +11,14 @@ from effopt.backends.triton.attention_scores import load_lines
 
 
 @triton.jit
+def chunk_of_program(blocks, chunks, h):
+    """Which block, chunk, line (a head of a batch entry), batch entry and head a program takes."""
+    i_block, i_chunk = tl.program_id(0) % blocks, (tl.program_id(0) // blocks) % chunks
+    i_line = (tl.program_id(0) // (blocks * chunks)).to(tl.int64)
+    return i_block, i_chunk, i_line, i_line // h, i_line % h
+
+
+@triton.jit
 def between_block(b_decay, CHUNK: tl.constexpr):
     """Decay between tokens of a chunk `[query, key]`, 1 ahead of the query."""
     o_row = tl.arange(0, CHUNK)

@@ -55,13 +55,12 @@ def attention_case(
     blocks = [triton.next_power_of_2(max(16, n)) for n in (head, value_head)]
     given = dict(ATTENTION[feature])
     dense, longer = "bias" in given or ("ANCHORS" in given and not of), max(head, value_head)
-    tile = attention_tiles.tile_for(queries, longer, DTYPES[dtype], dense)
     if of:
-        tile = attention_gradients.backward_tile_for(of, longer, DTYPES[dtype], dense)
-    options |= {"BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], **tile.options()}
-    if not of:
-        shared = attention_tiles.tile_for(queries, longer, DTYPES[dtype], dense, shared=True)
-        options |= {"shared": shared.options()}
+        tile_for, what = attention_gradients.backward_tile_for, of
+    else:
+        tile_for, what = attention_tiles.tile_for, queries
+    tile, shared = (tile_for(what, longer, DTYPES[dtype], dense, on) for on in (False, True))
+    options |= {"BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], **tile.options(), "shared": shared.options()}
     options |= {"DOT": tl.bfloat16 if dtype == "bf16" else tl.float32}
     operands = {
         "bias": ["p_bias"],

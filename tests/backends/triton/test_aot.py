@@ -53,9 +53,8 @@ def test_every_kernel_compiles_for_every_target() -> None:
         for dtype in ("bf16", "fp32"):
             found = [case for case in cases if case.startswith(kernel) and dtype in case]
             assert {"backward" in case for case in found} == {False, True}
-    # Seven of 312, two of them 8 bytes of the gradient of keys, with which ptxas stays at 128 registers; the
-    # binaries of the sweep, which are 208 more of kernels that do not spill, are one in 50.
-    assert sum(fact["spill_bytes"] > 0 for fact in facts) <= len(facts) // 44
+    # Five of 312; the binaries of the sweep, which are 208 more of kernels that do not spill, are one in 50.
+    assert sum(fact["spill_bytes"] > 0 for fact in facts) <= len(facts) // 50
     attention = [fact for fact in facts if fact["case"].startswith("attention")]
     assert_attention(attention)
     assert all(any(case.startswith(kernel) for case in cases) for kernel in MATRIX)
