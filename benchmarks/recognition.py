@@ -27,6 +27,7 @@ from torch._dynamo.utils import counters
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from page import fill
+from sweep import relative
 
 from effopt.bench import machine
 from effopt.compile import record
@@ -68,7 +69,7 @@ def measure(name: str) -> Row:
             except Exception as raised:  # noqa: BLE001 - a cell of the table
                 row.failures[compiler] = f"{type(raised).__name__}: {str(raised)[:300]}"
                 continue
-            error = float((output - eager).abs().max() / eager.abs().max())
+            error = relative(output, eager)
             if compiler == "inductor":
                 row.inductor, row.inductor_error = counters["inductor"]["fuse_attention"], error
             else:
