@@ -2,9 +2,10 @@
 
     python tests/backends/triton/aot_compile.py [words that the case's name must hold]
 
-Writes one JSON list: case, target, shared_bytes, registers, spill_bytes. Runs without TRITON_INTERPRET,
-in a process of its own. For CUDA the numbers are cuobjdump's (its stack is where ptxas spills to; no
-kernel here has arrays), for ROCm the metadata that the assembler wrote.
+Writes one JSON list: case, target, shared_bytes, registers, spill_bytes, and for CUDA how often the binary
+has each kind of product of matrices. Runs without TRITON_INTERPRET, in a process of its own. For CUDA the
+numbers are cuobjdump's (its stack is where ptxas spills to; no kernel here has arrays), for ROCm the metadata
+that the assembler wrote.
 """
 
 from __future__ import annotations
@@ -82,8 +83,12 @@ def source_of(case: Case) -> ASTSource:
     return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
 
 
+PRODUCTS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
+"""Out of shared memory on sm_90, on sm_100; and out of registers, which is what older targets have."""
+
+
 def binary_facts(compiled: Any) -> dict[str, int]:
-    """Registers and spilled bytes of a thread, read from the binary."""
+    """Registers and spilled bytes of a thread, and products of matrices, read from the binary."""
     if "amdgcn" in compiled.asm:
         found = dict(re.findall(r"\.(\w+):\s+(\d+)", compiled.asm["amdgcn"]))
         # Scalar registers spill to lanes of vector registers, and those to the private segment.
@@ -95,7 +100,8 @@ def binary_facts(compiled: Any) -> dict[str, int]:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    return {"registers": int(found["REG"]), "spill_bytes": int(found["STACK"]) + int(found["LOCAL"])}
+    facts = {"registers": int(found["REG"]), "spill_bytes": int(found["STACK"]) + int(found["LOCAL"])}
+    return facts | {kind: compiled.asm["ptx"].count(name) for kind, name in PRODUCTS.items()}
 
 
 def compile_case(name: str) -> list[dict[str, Any]]:

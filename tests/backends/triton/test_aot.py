@@ -58,7 +58,19 @@ def test_every_kernel_compiles_for_every_target() -> None:
     attention = [fact for fact in facts if fact["case"].startswith("attention")]
     assert_attention(attention)
     assert all(any(case.startswith(kernel) for case in cases) for kernel in MATRIX)
+    assert_products_of_shared_memory(facts)
     assert_rows_and_products([fact for fact in facts if fact not in attention])
+
+
+def assert_products_of_shared_memory(facts: list[dict[str, Any]]) -> None:
+    """Prefill and chunks of tokens, in 16 bits, are cut so that the units of sm_90 and sm_100 can be used."""
+    whole = ("attention-bf16-4096x128-window", "attention-blocks of 128-bf16")
+    chunks = tuple(f"linear_attention-{kernel}-bf16-128" for kernel in ("states", "chunk", "gradient"))
+    for target, kind in (("sm_90", "wgmma"), ("sm_100", "tcgen05")):
+        found = [fact for fact in facts if fact["target"] == target]
+        cut = [fact for fact in found if fact["case"] in whole or fact["case"].startswith(chunks)]
+        assert len(cut) == 7
+        assert [fact for fact in cut if fact["mma"] or not fact[kind]] == []
 
 
 def assert_rows_and_products(facts: list[dict[str, Any]]) -> None:
