@@ -11,6 +11,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
+from effopt.backends.triton import attention_tiles, flash_attention_backward
 from effopt.backends.triton.attention_gradients import backward_tile_for
 from effopt.backends.triton.attention_refusals import prepare
 from effopt.backends.triton.flash_attention import FLASH_ATTENTION
@@ -55,6 +56,17 @@ def test_narrow_dtypes(dtype: torch.dtype, device: torch.device) -> None:
     bias = torch.randn(2, 18, 33, device=device, dtype=dtype)
     assert_attention_gradients(made, {"scale": 0.25, "bias": bias, "high": 15})
     assert_attention_gradients(made, {"scale": 0.25, "sinks": bias[:, 0, 0], "is_causal": True})
+
+
+@pytest.mark.parametrize("window", [{}, {"softcap": 3.0, "zero_masked_rows": True}], ids=["plain", "capped"])
+def test_tiles_of_newer_gpus(
+    window: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 keys a step, forward and in the gradient of keys, as where matrix units read shared memory."""
+    for module in (attention_tiles, flash_attention_backward):
+        monkeypatch.setattr(module, "reads_shared_memory", lambda _: True)
+    made = heads(70, 130, 80, device, h=2, hkv=1, dtype=torch.bfloat16)
+    assert_attention_gradients(made, {"scale": 0.1, "low": -90, "high": 55, **window})
 
 
 @pytest.mark.parametrize(
