@@ -112,6 +112,7 @@ def test_a_block_without_operands_stays() -> None:
 
     q = torch.randn(1, 2, 12, 8)
     options = {"disable": ["split-attention-by-axis"]}
-    with torch.no_grad():
+    with torch.no_grad(), record() as report:
         out = torch.compile(attend, backend="effopt", options=options)(q)
+    assert outlined_counts(report) == []
     torch.testing.assert_close(out, attend(q))
