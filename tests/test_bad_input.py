@@ -12,7 +12,7 @@ from torch import nn
 from effopt.compile import effopt, explain, record
 from effopt.errors import OptionError
 from effopt.options import Options
-from tests.graph.capture_cases import compare
+from tests.graph.capture_cases import assert_as_in_eager
 
 
 def model() -> nn.Module:
@@ -142,14 +142,14 @@ def test_unusual_inputs(kind: str, grad: bool) -> None:
         torch.manual_seed(1)
         return (INPUTS[kind]().detach().requires_grad_(grad),)
 
-    compare(model(), make, rtol=1e-5, options={"pipeline": None})
+    assert_as_in_eager(model(), make, rtol=1e-5, options={"pipeline": None})
 
 
 def test_double_precision() -> None:
     def make() -> tuple[Any, ...]:
         return (torch.linspace(-1, 1, 32, dtype=torch.float64).view(4, 8),)
 
-    compare(model().double(), make, rtol=1e-12, options={"pipeline": None})
+    assert_as_in_eager(model().double(), make, rtol=1e-12, options={"pipeline": None})
 
 
 def test_complex() -> None:
@@ -160,7 +160,7 @@ def test_complex() -> None:
         torch.manual_seed(0)
         return torch.randn(4, 8, dtype=torch.complex64), torch.randn(4, 8, dtype=torch.complex64)
 
-    compare(spectrum, make, rtol=1e-5, options={"pipeline": None})
+    assert_as_in_eager(spectrum, make, rtol=1e-5, options={"pipeline": None})
 
 
 def test_meta_device() -> None:
@@ -177,7 +177,9 @@ def test_numbers_and_nothing_as_inputs() -> None:
         return y if flag and nothing is None else -y, words["add"] + x, count + 1
 
     for scale, count in ((2.0, 3), (2.5, 3), (2.5, 4), (0.1, 7)):
-        compare(mixed, lambda s=scale, c=count: (torch.ones(3), s, c, True, None, {"add": torch.ones(3)}))
+        assert_as_in_eager(
+            mixed, lambda s=scale, c=count: (torch.ones(3), s, c, True, None, {"add": torch.ones(3)})
+        )
 
 
 def replace_weight(net: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,7 @@ from effopt.backends.measured import Measurer
 from effopt.graph import ops
 from tests.backends.measuring import CPU, OPERANDS, REFERENCE, SDPA, Attention, ask, costing
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Nothing known yet, and a folder of this test."""
-    measurements.forget()
-    monkeypatch.setattr(measurements, "folder", lambda: tmp_path)
-    yield tmp_path
-    measurements.forget()
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def chosen(measure: Any, *costs: tuple[str, float]) -> Choice:

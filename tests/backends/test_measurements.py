@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,7 @@ from effopt.backends.measured import Measurer
 from effopt.graph import ops
 from tests.backends.measuring import OPERANDS, REFERENCE, SDPA, Attention, ask, costing
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Nothing known yet, and a folder of this test."""
-    measurements.forget()
-    monkeypatch.setattr(measurements, "folder", lambda: tmp_path)
-    yield tmp_path
-    measurements.forget()
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.fixture

@@ -8,40 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from effopt.backends import inductor
 from effopt.backends.outline import outline
 from effopt.compile import record
 from effopt.graph.normalize import view_base
-
-
-class Block(nn.Module):
-    """A residual layer whose input, and a view of it, are both kept for the backward pass."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(self.norm(x)))) * x.sigmoid()
-
-
-class Stack(nn.Module):
-    def __init__(self, depth: int, width: int = 32, keep: bool = False) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.last, self.keep = nn.LayerNorm(width), keep
-
-    def forward(self, x: Tensor) -> Any:
-        seen = []
-        for block in self.blocks:
-            x = block(x)
-            seen.append(x.transpose(0, 1))
-        return (self.last(x), *seen) if self.keep else self.last(x)
-
-
-def outlined_counts(report: Any) -> list[int]:
-    return [block.count for graph in report.graphs for block in graph.outlined if not block.left]
+from tests.backends.outline_cases import Stack, assert_gradients_close, outlined_counts
 
 
 @pytest.mark.parametrize(
@@ -64,8 +34,7 @@ def test_training_gradients_equal_eager(keep: bool) -> None:
     parameters = [x, *model.parameters()]
     got = torch.autograd.grad(loss(results), parameters)
     wanted = torch.autograd.grad(loss(model(x)), parameters)
-    for g, w in zip(got, wanted, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
+    assert_gradients_close(got, wanted)
 
 
 def test_inference_returns_views_of_every_layer() -> None:
@@ -91,8 +60,7 @@ def test_copies_that_disagree_on_gradients_are_not_one_block() -> None:
         got = torch.autograd.grad((torch.compile(model, backend="effopt")(x) * x).sum(), trained)
     assert 4 not in outlined_counts(report)
     wanted = torch.autograd.grad((model(x) * x).sum(), trained)
-    for g, w in zip(got, wanted, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
+    assert_gradients_close(got, wanted)
 
 
 def test_dynamic_sizes_do_not_cut_blocks() -> None:
@@ -117,38 +85,6 @@ def test_dynamic_sizes_do_not_cut_blocks() -> None:
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
     assert len(report.graphs) == 1
     assert 4 in outlined_counts(report)
-
-
-def test_a_block_that_cannot_know_its_sizes_is_left_with_the_reason() -> None:
-    """Its operands have `t + 1` rows, as a cache with a new token has; none of them says what `t` is."""
-    torch.manual_seed(0)
-    layers = nn.ModuleList(Block(32) for _ in range(4)).eval()
-
-    def grown(x: Tensor, token: Tensor) -> Tensor:
-        x = torch.cat([x, token])
-        for layer in layers:
-            x = layer(x)
-        return x
-
-    token = torch.randn(1, 32)
-    with torch.no_grad(), record() as report:
-        compiled = torch.compile(grown, backend="effopt", dynamic=True)
-        for t in (5, 9):
-            x = torch.randn(t, 32)
-            torch.testing.assert_close(compiled(x, token), grown(x, token), rtol=1e-5, atol=1e-5)
-    (block,) = report.graphs[0].outlined
-    assert block.count >= 3
-    assert "only as part of another size" in block.left
-    assert block.left in " ".join(str(report).split())
-
-
-def test_outlining_can_be_switched_off() -> None:
-    torch.manual_seed(0)
-    model, x = Stack(3).eval(), torch.randn(2, 3, 32)
-    with torch.no_grad(), record() as report:
-        result = torch.compile(model, backend="effopt", options={"outline": False})(x)
-    assert outlined_counts(report) == []
-    torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
 
 
 class Gated(nn.Module):
@@ -190,8 +126,7 @@ def test_a_subgraph_does_not_write_into_its_operands(cut: int) -> None:
     trained = [p for i, layer in enumerate(model.layers) if i >= cut for p in layer.parameters()]
     got = torch.autograd.grad(loss, trained)
     wanted = torch.autograd.grad((model(x) * x).sum(), trained)
-    for g, w in zip(got, wanted, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
+    assert_gradients_close(got, wanted)
 
 
 class PreNorm(nn.Module):
@@ -220,8 +155,7 @@ def test_a_last_layer_with_an_unread_result_is_outlined_in_training_too() -> Non
     assert outlined_counts(report) == [4]
     got = torch.autograd.grad((result * x).sum(), list(model.parameters()))
     wanted = torch.autograd.grad((model(x) * x).sum(), list(model.parameters()))
-    for g, w in zip(got, wanted, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
+    assert_gradients_close(got, wanted)
 
 
 class Split(nn.Module):
@@ -249,66 +183,7 @@ def test_a_call_run_anew_has_the_results_that_were_added() -> None:
     assert outlined_counts(report) == [2]
     got = torch.autograd.grad((result * x).sum(), list(model.parameters()))
     wanted = torch.autograd.grad((model(x) * x).sum(), list(model.parameters()))
-    for g, w in zip(got, wanted, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
-
-
-@pytest.mark.parametrize("keep", [False, True])
-def test_blocks_on_which_inductor_fails_are_written_out(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a release of torch cannot compile as a subgraph compiles as it was, and the report says so."""
-    torch.manual_seed(0)
-    model, x = Stack(3, keep=keep), torch.randn(5, 7, 32)
-    seen = []
-
-    def compile_graph(module: torch.fx.GraphModule, inputs: Any, *_: Any) -> Any:
-        calls = module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
-        seen.append(len(calls))
-        if calls:
-            raise NotImplementedError("no calls here\nat all")
-        return module.forward
-
-    monkeypatch.setattr(inductor, "compile_graph", compile_graph)
-    with record() as report:
-        results = torch.compile(model, backend="effopt")(x)
-    assert seen[0] >= 2
-    assert seen[1:] == [0]
-    assert outlined_counts(report) == []
-    (block,) = report.graphs[0].outlined
-    assert block.left == "Inductor failed on its calls: NotImplementedError: no calls here"
-    assert block.left in " ".join(str(report).split())
-    torch.testing.assert_close(results, model(x), rtol=1e-5, atol=1e-5)
-    got, wanted = (
-        torch.autograd.grad((r[0] if keep else r).square().sum(), list(model.parameters()))
-        for r in (results, model(x))
-    )
-    for g, w in zip(got, wanted, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
-
-
-def test_a_fault_of_another_origin_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_graph(*_: Any) -> Any:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(inductor, "compile_graph", compile_graph)
-    with torch.no_grad(), pytest.raises(Exception, match="no compiler"):
-        torch.compile(Stack(3), backend="effopt")(torch.randn(5, 7, 32))
-
-
-@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_no_block_is_outlined_where_inductor_writes_cpp(
-    compiles: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    model, x = Stack(3).eval(), torch.randn(5, 7, 32)
-    if not compiles:
-        monkeypatch.setattr(inductor, "compile_graph", lambda module, *_: module.forward)
-    with torch.no_grad(), record() as report:
-        options = {"inductor": {"cpp_wrapper": True}}
-        result = torch.compile(model, backend="effopt", options=options)(x)
-    torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
-    (block,) = report.graphs[0].outlined
-    assert block.count == 3
-    assert "cpp_wrapper" in block.left
+    assert_gradients_close(got, wanted)
 
 
 def test_the_subgraph_operator_is_left_as_it_was() -> None:
@@ -346,18 +221,3 @@ def test_a_block_returns_no_part_of_a_value() -> None:
     assert [view_base(n) for n in body.graph.output_node().args[0]] == [None] * 2
     for got, wanted in zip(module(*inputs), layers(*inputs), strict=True):
         torch.testing.assert_close(got, wanted)
-
-
-def test_a_block_without_operands_stays() -> None:
-    """Ids that are counted out for queries and for keys are one block, twice, that reads nothing."""
-
-    def attend(q: Tensor) -> Tensor:
-        at = torch.arange(q.shape[2])
-        seen = at % 4 == at[:, None] % 4
-        return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=seen)
-
-    q = torch.randn(1, 2, 12, 8)
-    options = {"disable": ["split-attention-by-axis"]}
-    with torch.no_grad():
-        out = torch.compile(attend, backend="effopt", options=options)(q)
-    torch.testing.assert_close(out, attend(q))

@@ -105,7 +105,7 @@ def run(
     return [outputs, found, flat(inputs), buffers, shared]
 
 
-def compare(
+def assert_as_in_eager(
     function: Any,
     make: Make,
     *,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.graph.capture_cases import MODES, compare, make
+from tests.graph.capture_cases import MODES, assert_as_in_eager, make
 
 pytestmark = [
     # Dynamo asks a non-leaf tensor for its gradient when a frame resumes, and instantiates the context of
@@ -70,12 +70,12 @@ BODIES = [name for name, v in vars(Regions).items() if callable(v) and name[0] !
 @pytest.mark.parametrize("mode", ["grad", "no_grad"])
 @pytest.mark.parametrize("body", BODIES)
 def test_left_alone(body: str, mode: str) -> None:
-    compare(Regions(body), make((3, 4), grad=True), around=MODES[mode], graphs=1)
+    assert_as_in_eager(Regions(body), make((3, 4), grad=True), around=MODES[mode], graphs=1)
 
 
 @pytest.mark.parametrize("body", ["autograd_function", "checkpointed", "cond"])
 def test_left_alone_through_inductor(body: str) -> None:
-    compare(Regions(body), make((3, 4), grad=True), lowering="auto", rtol=1e-5)
+    assert_as_in_eager(Regions(body), make((3, 4), grad=True), lowering="auto", rtol=1e-5)
 
 
 @torch.compiler.nested_compile_region
@@ -87,9 +87,9 @@ def test_nested_compile_region() -> None:
     def twice(x, w):
         return _region(_region(x, w) + 1, w)
 
-    compare(twice, make((3, 4), (4, 4)), around=torch.no_grad, graphs=1)
+    assert_as_in_eager(twice, make((3, 4), (4, 4)), around=torch.no_grad, graphs=1)
     # torch has no eager backward of invoke_subgraph: only a compiler's.
-    compare(twice, make((3, 4), (4, 4), grad=True), lowering="auto", rtol=1e-5, graphs=1)
+    assert_as_in_eager(twice, make((3, 4), (4, 4), grad=True), lowering="auto", rtol=1e-5, graphs=1)
 
 
 def test_region_that_writes_statistics() -> None:
@@ -102,13 +102,13 @@ def test_region_that_writes_statistics() -> None:
             return checkpoint(self.norm, x, use_reentrant=False)
 
     # Eager itself cannot take gradients of this: the statistics were overwritten before they are read again.
-    compare(Model(), make((3, 4)), refused="writes in place", calls=1, gradients_too=False)
+    assert_as_in_eager(Model(), make((3, 4)), refused="writes in place", calls=1, gradients_too=False)
 
 
 def test_map() -> None:
     from torch._higher_order_ops.map import map as hop_map
 
-    compare(lambda x, y: hop_map(lambda row, other: row * other, x, y), make((3, 4), (4,)))
+    assert_as_in_eager(lambda x, y: hop_map(lambda row, other: row * other, x, y), make((3, 4), (4,)))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -119,7 +119,7 @@ def test_flex_attention() -> None:
         return torch.tanh(score / 5) * 5
 
     # Without a block mask it makes an empty one by vmap.
-    compare(
+    assert_as_in_eager(
         lambda q, k, v: flex_attention(q, k * 2, v, score_mod=soft_cap),
         make(*[(1, 2, 16, 8)] * 3),
         rtol=1e-5,
@@ -128,7 +128,9 @@ def test_flex_attention() -> None:
 
 
 def test_vmap_is_refused() -> None:
-    compare(torch.func.vmap(lambda row: row.sin().sum()), make((3, 4)), refused="torch.func transform")
+    assert_as_in_eager(
+        torch.func.vmap(lambda row: row.sin().sum()), make((3, 4)), refused="torch.func transform"
+    )
 
 
 @torch.library.custom_op("effopt_test_capture::twice", mutates_args=())
@@ -150,11 +152,11 @@ def bump(x: torch.Tensor) -> None:
 
 
 def test_custom_op() -> None:
-    compare(lambda x: twice(x.sin()) + 1, make((3, 4), grad=True), graphs=1)
+    assert_as_in_eager(lambda x: twice(x.sin()) + 1, make((3, 4), grad=True), graphs=1)
 
 
 def test_custom_op_that_writes() -> None:
-    compare(lambda x: (bump(x), x.sin())[1], make((3, 4)), around=torch.no_grad, calls=2)
+    assert_as_in_eager(lambda x: (bump(x), x.sin())[1], make((3, 4)), around=torch.no_grad, calls=2)
 
 
 def test_enable_grad_in_no_grad() -> None:
@@ -165,8 +167,8 @@ def test_enable_grad_in_no_grad() -> None:
                 z = x * 3 + y
         return y, z + y
 
-    compare(nested, make((3, 4), grad=True), graphs=1)
-    compare(nested, make((3, 4), grad=True), around=torch.no_grad, refused="enable_grad")
+    assert_as_in_eager(nested, make((3, 4), grad=True), graphs=1)
+    assert_as_in_eager(nested, make((3, 4), grad=True), around=torch.no_grad, refused="enable_grad")
 
 
 def test_buffer_written_in_no_grad() -> None:
@@ -184,7 +186,7 @@ def test_buffer_written_in_no_grad() -> None:
                 self.steps += 1
             return y - self.mean
 
-    compare(Average(), make((3, 4), grad=True), calls=3)
+    assert_as_in_eager(Average(), make((3, 4), grad=True), calls=3)
 
 
 def test_graph_break_gives_two_graphs() -> None:
@@ -193,7 +195,7 @@ def test_graph_break_gives_two_graphs() -> None:
         torch._dynamo.graph_break()
         return z.cos() + y
 
-    compare(broken, make((3, 4), (3, 4), grad=True), graphs=2)
+    assert_as_in_eager(broken, make((3, 4), (3, 4), grad=True), graphs=2)
 
 
 def test_branch_on_data() -> None:
@@ -204,4 +206,4 @@ def test_branch_on_data() -> None:
         return y.cos()
 
     for sign in (1, -1):
-        compare(branching, lambda sign=sign: (sign * torch.ones(3, 4),), graphs=2)
+        assert_as_in_eager(branching, lambda sign=sign: (sign * torch.ones(3, 4),), graphs=2)

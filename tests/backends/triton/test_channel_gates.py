@@ -228,3 +228,11 @@ def test_predictions() -> None:
     )
     flops = linear_attention_channels.pair_flops(32, 128, 256, torch.bfloat16)
     assert flops > 2 * 5 * (2 * 32 * 128)
+
+
+def test_bytes_of_a_token() -> None:
+    """2,560 a head without a decay, as docs/linear-attention.md counts; the last state is written once."""
+    seconds = LINEAR_ATTENTION.cost(H100, *bound_of(1, 4096, 128, by_channel=False))
+    seconds -= 2 * linear_attention_backward.LAUNCH_S
+    moved = seconds / linear_attention_backward.UNMEASURED * H100.bytes_per_s
+    assert moved == pytest.approx(32 * (2560 * 4096 + 4 * 128 * 128))

@@ -108,7 +108,7 @@ def watch_modules(model: nn.Module, paths: list[str]) -> tuple[dict[str, list[Te
     return noted, lambda: [h.remove() for h in hooks].clear()
 
 
-def agrees_with_modules(
+def assert_agrees_with_modules(
     model: nn.Module, inputs: dict[str, Any], expected: list[list[str]], **how: Any
 ) -> Seen:
     """Its stacks are these modules, and their borders carry what the modules read and give in eager."""

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from effopt.graph.analyses.layers import attention_of
-from tests.graph.analyses.layer_cases import Seen, agrees_with_modules, analysed, only, recorder
+from tests.graph.analyses.layer_cases import Seen, analysed, assert_agrees_with_modules, only, recorder
 from tests.models.architectures import ARCHITECTURES, MORE, build, sampled, sampled_rows
 
 CONTAINERS = {
@@ -41,7 +41,7 @@ def test_architectures(name: str, training: bool) -> None:
     container = CONTAINERS.get(name, "model.layers")
     count = len(model.get_submodule(container))
     with torch.set_grad_enabled(training):
-        seen = agrees_with_modules(model, inputs, [[f"{container}.{i}" for i in range(count)]])
+        seen = assert_agrees_with_modules(model, inputs, [[f"{container}.{i}" for i in range(count)]])
     assert [len(attention_of(layer)) for layer in seen.found.found[0].layers] == [1] * count
     assert not seen.found.refused
     if name != "t5-encoder":  # its entry is the embedding itself, its config calls the depth otherwise
@@ -87,7 +87,7 @@ def seq2seq(name: str) -> tuple[nn.Module, dict[str, Tensor], list[list[str]]]:
 def test_encoder_and_decoder_are_two_stacks(name: str) -> None:
     model, inputs, paths = seq2seq(name)
     with torch.no_grad():
-        seen = agrees_with_modules(model.eval(), inputs, paths)
+        seen = assert_agrees_with_modules(model.eval(), inputs, paths)
     encoder, decoder = seen.found
     assert [len(attention_of(layer)) for layer in encoder.layers] == [1, 1, 1]
     assert [len(attention_of(layer)) for layer in decoder.layers] == [2, 2]
@@ -97,7 +97,7 @@ def test_images() -> None:
     shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 112}
     model = transformers.ViTModel(transformers.ViTConfig(**shape, image_size=16, patch_size=8)).eval()
     with torch.no_grad():
-        agrees_with_modules(
+        assert_agrees_with_modules(
             model, {"pixel_values": torch.randn(2, 3, 16, 16)}, [[f"layers.{i}" for i in range(3)]]
         )
 
@@ -109,7 +109,7 @@ def test_stages_of_differing_width_are_a_stack_each() -> None:
     model = transformers.ConvNextModel(config).eval()
     paths = [[f"encoder.stages.{s}.layers.{i}" for i in range(n)] for s, n in ((0, 2), (1, 3))]
     with torch.no_grad():
-        agrees_with_modules(model, {"pixel_values": torch.randn(2, 3, 32, 32)}, paths)
+        assert_agrees_with_modules(model, {"pixel_values": torch.randn(2, 3, 32, 32)}, paths)
 
 
 def test_a_block_that_projects_its_input_is_no_layer() -> None:
@@ -129,7 +129,7 @@ def test_a_block_that_projects_its_input_is_no_layer() -> None:
 def test_dynamic_sizes() -> None:
     model, inputs = build("llama", num_hidden_layers=3)
     with torch.no_grad():
-        agrees_with_modules(model, inputs, [[f"model.layers.{i}" for i in range(3)]], dynamic=True)
+        assert_agrees_with_modules(model, inputs, [[f"model.layers.{i}" for i in range(3)]], dynamic=True)
 
 
 @pytest.mark.parametrize("cache", sampled(["dynamic", "static"], "static"))

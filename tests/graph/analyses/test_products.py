@@ -8,13 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from effopt.graph.analyses.masks.sums import Axis, Sum, of
+from effopt.graph.analyses.masks.sums import Axis, of
 from effopt.graph.analyses.products import product_at
 from effopt.graph.placed import Placed
 from effopt.graph.values import shape_of
+from tests.graph.analyses.sum_cases import number, traced
 
 A, B = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
 W = torch.randn(3, 5, dtype=torch.float64)
@@ -34,27 +33,10 @@ SPELLINGS: dict[str, Form] = {
 }  # fmt: skip
 
 
-def traced(form: Form) -> tuple[Node, dict[Node, Tensor]]:
-    """The node that is the result, and the values of all nodes."""
-    module = make_fx(form, tracing_mode="fake", pre_dispatch=True)(A, B, W)
-    run = Interpreter(module, garbage_collect_values=False)
-    run.run(A, B, W)
-    (output,) = module.graph.find_nodes(op="output")
-    return output.args[0], run.env
-
-
-def value(at: Sum, index: dict[str, int]) -> int:
-    total = at.constant
-    for atom, by in at.terms:
-        assert isinstance(atom, Axis)
-        total += by * index[atom.name]
-    return total
-
-
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_the_reading_is_the_tensor(name: str) -> None:
     form = SPELLINGS[name]
-    root, inputs = traced(form)
+    root, inputs = traced(form, A, B, W)
     place = tuple(of(Axis(f"d{dim}", size)) for dim, size in enumerate(shape_of(root)))
     product = product_at(root, place)
     assert product.factors
@@ -70,7 +52,7 @@ def test_the_reading_is_the_tensor(name: str) -> None:
             full = index | dict(zip(product.summed, inner, strict=True))
             term = 1.0
             for factor in product.factors:
-                term *= float(inputs[factor.node][tuple(value(p, full) for p in factor.at)])
+                term *= float(inputs[factor.node][tuple(number(p, full) for p in factor.at)])
             total += term
         assert total == pytest.approx(float(wanted[at]), rel=1e-9)
 

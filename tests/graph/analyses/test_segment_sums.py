@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import Interpreter
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from effopt.graph.analyses.masks.forms import places
 from effopt.graph.analyses.masks.reading import Reader
-from effopt.graph.analyses.masks.sums import Axis, Sum
 from effopt.graph.analyses.segment_sums import SUMMED, span_of
 from effopt.graph.rewrite import Reject
 from effopt.graph.values import shape_of
+from tests.graph.analyses.sum_cases import number, traced
 
 GATES = torch.randn(3, 6, dtype=torch.float64)
 
@@ -49,31 +46,19 @@ SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def value(at: Sum, index: dict[str, int]) -> int:
-    total = at.constant
-    for atom, by in at.terms:
-        assert isinstance(atom, Axis)
-        total += by * index[atom.name]
-    return total
-
-
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_the_reading_is_the_tensor(name: str) -> None:
-    module = make_fx(SPELLINGS[name], tracing_mode="fake", pre_dispatch=True)(GATES)
-    run = Interpreter(module, garbage_collect_values=False)
-    wanted = run.run(GATES)
-    (output,) = module.graph.find_nodes(op="output")
-    root: Any = output.args[0]
+    root, values = traced(SPELLINGS[name], GATES)
     found = span_of(root, places(shape_of(root)), Reader())
     assert found is not None
     span, by = found
-    gates = run.env[span.gates]
+    wanted, gates = values[root], values[span.gates]
     for h in range(3):
         for i in range(6):
             for j in range(6):
                 index = {"head": h, "query": i, "key": j}
-                after, upto = value(span.after, index), value(span.upto, index)
-                one = lambda u, index=index: gates[tuple(value(p, index | {SUMMED: u}) for p in span.at)]  # noqa: E731
+                after, upto = number(span.after, index), number(span.upto, index)
+                one = lambda u, index=index: gates[tuple(number(p, index | {SUMMED: u}) for p in span.at)]  # noqa: E731
                 total = sum(float(one(u)) for u in range(max(after, -1) + 1, upto + 1))
                 if not span.bounded:
                     total -= sum(float(one(u)) for u in range(upto + 1, after + 1))
@@ -90,9 +75,7 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_look_alikes(name: str) -> None:
-    module = make_fx(REFUSED[name], tracing_mode="fake", pre_dispatch=True)(GATES)
-    (output,) = module.graph.find_nodes(op="output")
-    root: Any = output.args[0]
+    root, _ = traced(REFUSED[name], GATES)
     with pytest.raises(Reject, match="no difference of one cumulative sum at two tokens"):
         span_of(root, places(shape_of(root)), Reader())
 
@@ -103,9 +86,7 @@ def test_the_dtype_is_that_of_fewest_digits(dtypes: tuple[torch.dtype, torch.dty
         total = g.cumsum(-1)
         return total[..., :, None].to(dtypes[0]) - total[..., None, :].to(dtypes[1])
 
-    module = make_fx(rounded, tracing_mode="fake", pre_dispatch=True)(GATES)
-    (output,) = module.graph.find_nodes(op="output")
-    root: Any = output.args[0]
+    root, _ = traced(rounded, GATES)
     found = span_of(root, places(shape_of(root)), Reader())
     assert found is not None
     assert found[0].dtype == torch.bfloat16

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.passes.attention.test_recognize_paged_attention import (
+from tests.passes.attention.paged_cases import (
     LENGTHS,
     NAME,
     POOL,
@@ -20,12 +20,12 @@ from tests.passes.attention.test_recognize_paged_attention import (
     D,
     H,
     Q,
+    assert_refused,
     attend,
     below,
     by_index,
     over,
     reasons,
-    refused,
     softmaxed,
 )
 from tests.passes.conftest import run_compiled
@@ -102,7 +102,7 @@ PLACES: dict[str, tuple[str, Function]] = {
 @pytest.mark.parametrize("case", PLACES)
 def test_places(case: str) -> None:
     reason, function = PLACES[case]
-    refused(reason, function, *GIVEN)
+    assert_refused(reason, function, *GIVEN)
 
 
 def hidden(seen: Function, t: int = 1, **given: bool) -> Function:
@@ -139,7 +139,7 @@ MASKS: dict[str, tuple[str, int, Function]] = {
 def test_masks(case: str) -> None:
     reason, t, seen = MASKS[case]
     q = torch.randn(B, H, t, D)
-    refused(reason, hidden(seen, t), q, *GIVEN[1:])
+    assert_refused(reason, hidden(seen, t), q, *GIVEN[1:])
 
 
 def test_lengths_of_heads() -> None:
@@ -150,7 +150,9 @@ def test_lengths_of_heads() -> None:
         return sdpa(q, k, v, below(k, lengths)[:, 0], enable_gqa=True)
 
     table = torch.randint(7, (4, 3))
-    refused("differs between heads", run, torch.randn(4, 4, 1, 8), POOL, VALUES, table, torch.arange(4) + 3)
+    assert_refused(
+        "differs between heads", run, torch.randn(4, 4, 1, 8), POOL, VALUES, table, torch.arange(4) + 3
+    )
 
 
 def test_scores_with_more_to_them() -> None:
@@ -171,8 +173,8 @@ def test_scores_with_more_to_them() -> None:
         k, v = (by_index(x, table) for x in (keys, values))
         return attend(q, k, v, lengths) + k.sum()
 
-    refused("the op over pages has no bias", alibi, *GIVEN)
-    refused("also read by", keys_too, *GIVEN)
+    assert_refused("the op over pages has no bias", alibi, *GIVEN)
+    assert_refused("also read by", keys_too, *GIVEN)
     with torch.no_grad():
         got, report = run_compiled(weights_too, *GIVEN)
     assert not report.counts[NAME]
@@ -190,14 +192,14 @@ def test_fills_that_leave_weights() -> None:
         return run
 
     none = torch.tensor([0, 5])
-    refused("a request without keys gives a mean", filled(-1e38), *GIVEN[:4], none)
-    refused("not far below every score", filled(-10.0), *GIVEN)
+    assert_refused("a request without keys gives a mean", filled(-1e38), *GIVEN[:4], none)
+    assert_refused("not far below every score", filled(-10.0), *GIVEN)
 
     def added(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
         k, v = (by_index(x, table) for x in (keys, values))
         return sdpa(q, k, v, torch.where(below(k, lengths), 0.0, -1e38), enable_gqa=True)
 
-    refused("a request without keys gives a mean", added, *GIVEN[:4], none)
+    assert_refused("a request without keys gives a mean", added, *GIVEN[:4], none)
 
 
 def test_pools_that_are_written_between() -> None:
@@ -214,7 +216,7 @@ def test_pools_that_are_written_between() -> None:
         return attend(q, k, v, lengths)
 
     for function in (later, through_a_view):
-        refused("after they are gathered", function, *GIVEN)
+        assert_refused("after they are gathered", function, *GIVEN)
 
 
 def test_training() -> None:
@@ -244,7 +246,7 @@ def test_a_packed_batch_of_transformers() -> None:
 
     read = torch.randint(28, (9,))
     mask = torch.where(torch.block_diag(torch.ones(1, 5), torch.ones(1, 4)) > 0, 0.0, -torch.inf)
-    refused(
+    assert_refused(
         "is not proved to hide keys", packed, torch.randn(1, 4, 2, 8), POOL, VALUES, read, mask[None, None]
     )
 

@@ -19,7 +19,7 @@ from effopt.graph.values import MUTATED
 from effopt.passes.base import Example
 from effopt.plugins.manager import build_registry
 from effopt.testing import capture_example, run_passes
-from tests.passes.attention.test_recognize_paged_attention import (
+from tests.passes.attention.paged_cases import (
     HKV,
     LAYOUTS,
     LENGTHS,

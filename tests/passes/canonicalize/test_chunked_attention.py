@@ -32,7 +32,7 @@ def reasons(report: Any) -> list[str]:
     return [r.reason for r in report.rejected if r.pass_name == "recognize-chunked-attention"]
 
 
-def compare(got: Any, wanted: Any, tolerance: float = 1e-12) -> None:
+def assert_near(got: Any, wanted: Any, tolerance: float = 1e-12) -> None:
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
@@ -41,7 +41,7 @@ def test_the_forms_are_the_recurrence() -> None:
     """What the other tests compare with; the listing is scaled by a step, and so another one."""
     given = inputs()
     for name in ("transformers", "broadcast", "heads first"):
-        compare(SPELLINGS[name](*given), step_by_step(*given))
+        assert_near(SPELLINGS[name](*given), step_by_step(*given))
 
 
 @pytest.mark.parametrize("starts", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -51,7 +51,7 @@ def test_spellings(name: str, starts: bool) -> None:
     given = inputs()[: 5 if starts else 4]
     with torch.no_grad():
         out, report = run_compiled(SPELLINGS[name], *given)
-        compare(out, SPELLINGS[name](*given))
+        assert_near(out, SPELLINGS[name](*given))
     assert recognised(report) == 1, report.rejected
     (graph,) = report.graphs
     assert graph.ops["linear_attention"] == 1
@@ -65,7 +65,7 @@ def test_sizes(size: str) -> None:
     form = heads_first if size == "one head" else Spelled()
     with torch.no_grad():
         out, report = run_compiled(form, *given)
-        compare(out, form(*given))
+        assert_near(out, form(*given))
     assert recognised(report) == 1, report.rejected
 
 
@@ -74,7 +74,7 @@ def test_without_the_states() -> None:
     given = inputs()[:4]
     with torch.no_grad():
         out, report = run_compiled(lambda *x: Spelled()(*x)[0], *given)
-        compare([out], Spelled()(*given)[:1])
+        assert_near([out], Spelled()(*given)[:1])
     assert recognised(report) == 1, report.rejected
 
 
@@ -85,7 +85,7 @@ def test_gradients() -> None:
         leaves = [x.clone().requires_grad_() for x in given]
         out, last = form(*leaves)
         found.append(torch.autograd.grad(out.square().sum() + last.sin().sum(), leaves))
-    compare(*found, tolerance=1e-10)
+    assert_near(*found, tolerance=1e-10)
 
 
 def test_float32_is_no_worse_than_the_original() -> None:
@@ -113,7 +113,7 @@ def test_infinity_stays_behind_its_token() -> None:
     seen, kept = wanted.isfinite(), state.isfinite()
     assert bool(out[seen].isfinite().all())
     assert not bool(out[~seen].isfinite().any())
-    compare([out[seen], last[kept]], [wanted[seen], state[kept]])
+    assert_near([out[seen], last[kept]], [wanted[seen], state[kept]])
 
 
 def _early(total: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def test_look_alikes(name: str) -> None:
     given = inputs()
     with torch.no_grad():
         out, report = run_compiled(form, *given)
-        compare(out, form(*given))
+        assert_near(out, form(*given))
     assert not recognised(report)
     assert not any(graph.faults for graph in report.graphs)
     told = reasons(report)
@@ -190,7 +190,7 @@ def test_without_what_came_before() -> None:
     given = inputs(t=24)[:4]
     with torch.no_grad():
         out, report = run_compiled(alone, *given)
-        compare([out], [alone(*given)])
+        assert_near([out], [alone(*given)])
     assert not recognised(report)
     assert any("no state of the chunks before" in r for r in reasons(report)), report.rejected
 
@@ -206,7 +206,7 @@ def test_weights_that_something_else_reads() -> None:
     given = inputs()
     with torch.no_grad():
         out, report = run_compiled(form, *given)
-        compare(out, form(*given))
+        assert_near(out, form(*given))
     assert not recognised(report)
     assert any("is also used by" in r for r in reasons(report)), report.rejected
 
@@ -224,7 +224,7 @@ def _compiled(given: tuple[Tensor, ...], dim: int) -> tuple[Any, Any]:
 def test_a_symbolic_number_of_entries() -> None:
     given = inputs(t=16)
     out, report = _compiled(given, 0)
-    compare(out, Spelled()(*given))
+    assert_near(out, Spelled()(*given))
     assert recognised(report) == 1, report.rejected
 
 
@@ -232,6 +232,6 @@ def test_a_symbolic_number_of_entries() -> None:
 def test_a_symbolic_length_stays() -> None:
     given = inputs()[:4]
     out, report = _compiled(given, 1)
-    compare(out, Spelled()(*given))
+    assert_near(out, Spelled()(*given))
     assert not recognised(report)
     assert any("symbolic" in r for r in reasons(report)), report.rejected

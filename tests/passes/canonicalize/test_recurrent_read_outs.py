@@ -18,7 +18,7 @@ from tests.passes.canonicalize.test_recognize_recurrent_attention import (
     T,
     inputs,
 )
-from tests.passes.canonicalize.test_recurrent_spellings import compare, spelled, weighed
+from tests.passes.canonicalize.test_recurrent_spellings import assert_becomes_calls, spelled, weighed
 from tests.passes.conftest import run_compiled
 
 
@@ -113,7 +113,7 @@ READS = {
 
 @pytest.mark.parametrize("loop", READS)
 def test_read_outs(loop: Body) -> None:
-    compare(loop, READS[loop])
+    assert_becomes_calls(loop, READS[loop])
 
 
 def vectors(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Outs:
@@ -142,7 +142,7 @@ def one_vector(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Outs:
 
 @pytest.mark.parametrize(("loop", "calls"), [(vectors, 3), (one_vector, 2)])
 def test_a_state_that_is_a_vector_for_each_head(loop: Body, calls: int) -> None:
-    compare(loop, calls)
+    assert_becomes_calls(loop, calls)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ STEPS: dict[str, Body] = {
 }  # fmt: skip
 
 
-def compare(loop: Body, calls: int, pipeline: str = NAME) -> None:
+def assert_becomes_calls(loop: Body, calls: int, pipeline: str = NAME) -> None:
     """In float64, as exact as sums in another order are, and with the loop's gradients."""
     given = [x.requires_grad_() for x in inputs(torch.float64)]
     got, report = run_compiled(loop, *given, pipeline=pipeline)
@@ -123,7 +123,7 @@ def compare(loop: Body, calls: int, pipeline: str = NAME) -> None:
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step(name: str) -> None:
-    compare(STEPS[name], 1)
+    assert_becomes_calls(STEPS[name], 1)
 
 
 @pytest.mark.parametrize("loop", [added_to, in_place])

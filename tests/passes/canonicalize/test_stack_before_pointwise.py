@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.passes.canonicalize.test_recognize_recurrent_attention import Body, D, E, Outs, T, inputs
-from tests.passes.canonicalize.test_recurrent_spellings import compare, weighed
+from tests.passes.canonicalize.test_recurrent_spellings import assert_becomes_calls, weighed
 from tests.passes.conftest import run_compiled
 
 NAME = "stack-before-pointwise"
@@ -123,7 +123,7 @@ LOOPS: dict[str, tuple[Body, int]] = {
 @pytest.mark.parametrize("name", LOOPS)
 def test_work_of_a_step_moves_and_the_loop_is_a_call(name: str) -> None:
     loop, calls = LOOPS[name]
-    compare(loop, calls, BOTH)
+    assert_becomes_calls(loop, calls, BOTH)
 
 
 def test_as_a_user_compiles_it() -> None:
