@@ -12,8 +12,8 @@ from torch.fx import Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from effopt.graph.analyses.masks.sums import Axis, Sum, of
+from effopt.graph.analyses.placed import Placed
 from effopt.graph.analyses.products import product_at
-from effopt.graph.placed import Placed
 from effopt.graph.values import shape_of
 
 A, B = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
