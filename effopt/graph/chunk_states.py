@@ -26,11 +26,11 @@ from effopt.graph.analyses.masks.moves import Place
 from effopt.graph.analyses.masks.reading import Reader
 from effopt.graph.analyses.masks.sums import Axis, Sum, of, whole
 from effopt.graph.analyses.padding import zeros_around
+from effopt.graph.analyses.placed import Placed
 from effopt.graph.analyses.products import Product, product_at
 from effopt.graph.analyses.segment_sums import SUMMED, span_of
 from effopt.graph.constants import constant_number
 from effopt.graph.matching import bound_arguments
-from effopt.graph.placed import Placed
 from effopt.graph.rewrite import require
 from effopt.graph.values import shape_of, val
 

@@ -12,10 +12,11 @@ from torch.fx import Node
 from effopt.graph.analyses.masks.conditions import axes_of
 from effopt.graph.analyses.masks.sums import Axis, Sum, of
 from effopt.graph.analyses.padding import zeros_around
+from effopt.graph.analyses.placed import Placed
 from effopt.graph.analyses.products import named
 from effopt.graph.analyses.segment_sums import SUMMED
 from effopt.graph.chunk_states import Chunked
-from effopt.graph.placed import Placed, laid_out
+from effopt.graph.placed import laid_out
 from effopt.graph.rewrite import Emit, require
 from effopt.graph.values import is_floating, shape_of, val
 

@@ -27,13 +27,13 @@ from effopt.graph.analyses.masks.conditions import axes_of
 from effopt.graph.analyses.masks.moves import MOVES, Place, aligned, source_of
 from effopt.graph.analyses.masks.sums import Axis, Sum, of, whole
 from effopt.graph.analyses.padding import zeros_around
+from effopt.graph.analyses.placed import Placed
 from effopt.graph.analyses.products import Product, product_at
 from effopt.graph.chunk_states import Chunked, States, require_alone, require_carried, states_in, weight_of
 from effopt.graph.chunk_tokens import Tokens, by_tokens, written
 from effopt.graph.dataflow import calls_down_to
 from effopt.graph.layouts import laid_out_as, require_dense
 from effopt.graph.linear_attention_decay import Where, behind_the_key, require_causal
-from effopt.graph.placed import Placed
 from effopt.graph.rewrite import Emit, Reject, require
 from effopt.graph.values import is_floating, shape_of, val
 
@@ -97,13 +97,18 @@ def _without_reason(root: Node) -> Reject:
     return Reject(words if _reads_states(root) else "", root)
 
 
+def _terms(root: Node, place: Place) -> list[tuple[Node, Place]]:
+    """The tensors that a sum is of, each with the place in it that is read; those that are known."""
+    given = [(x, aligned(x, shape_of(root), place)) for x in root.args if isinstance(x, Node)]
+    return [(x, at) for x, at in given if at is not None]
+
+
 def _reads_states(root: Node) -> bool:
     """Whether one of the terms reads a sum over a state and those of chunks."""
     place = tuple(of(Axis(str(dim), size)) for dim, size in enumerate(shape_of(root)))
-    for operand in root.args:
-        at = aligned(operand, shape_of(root), place) if isinstance(operand, Node) else None
+    for operand, at in _terms(root, place):
         try:
-            if at is not None and states_in(product_at(operand, at), root):  # type: ignore[arg-type]
+            if states_in(product_at(operand, at), root):
                 return True
         except Reject:
             continue
@@ -115,8 +120,7 @@ def _require_known(root: Node, sizes: dict[str, Any]) -> None:
     if isinstance(sizes["chunk"], int) and isinstance(sizes["query"], int):
         return
     place = tuple(of(Axis(axis, size)) for axis, size in sizes.items())
-    given = [(x, aligned(x, shape_of(root), place)) for x in root.args if isinstance(x, Node)]
-    found = [f.node.target for x, at in given if at is not None for f in product_at(x, at).factors]
+    found = [f.node.target for x, at in _terms(root, place) for f in product_at(x, at).factors]
     words = "the sizes of its chunks are symbolic, and are read as numbers: compile it with dynamic=False"
     raise Reject(words if _aten.cat.default in found else "", root)
 
@@ -146,12 +150,9 @@ def _read(root: Node, order: tuple[str, ...]) -> ChunkedForm:
 def _pairs_and_other(root: Node, order: tuple[str, ...], sizes: dict[str, Any]) -> tuple[Chunked, Product]:
     """The pairs of tokens, and the other term. Raises `Reject`, silent where there is nothing like it."""
     place = tuple(of(Axis(axis, sizes[axis])) for axis in order)
-    terms = []
-    for operand in root.args:
-        at = aligned(operand, shape_of(root), place) if isinstance(operand, Node) else None
-        require(at is not None and len(shape_of(operand)) == len(place), "", root)
-        terms.append(product_at(operand, at))  # type: ignore[arg-type]
-    one, two = terms
+    given = _terms(root, place)
+    require([len(shape_of(operand)) for operand, _ in given] == [len(place)] * 2, "", root)
+    one, two = (product_at(operand, at) for operand, at in given)
     return _first(partial(_pairs, *both, root, sizes) for both in ((one, two), (two, one)))
 
 

@@ -57,10 +57,10 @@ def root_targets(pattern: Any) -> tuple[Any, ...]:
     raise TypeError(f"the root of a pattern must be a call or any_of calls, not {type(pattern).__name__}")
 
 
-def apply_rewrite(rule: Rule, module: GraphModule, approve: Approve) -> PassResult:
+def apply_rewrite(rule: Rule, module: GraphModule, approve: Approve, in_training: bool = False) -> PassResult:
     """Apply `rule` wherever it matches and is legal. Edits `module.graph`; drops cached analyses."""
     pattern = pattern_of(rule)
-    driver = _Driver(rule, module.graph, pattern, approve)
+    driver = _Driver(rule, module.graph, pattern, approve, in_training)
     # Users before their operands: the largest form of an idea is taken before a part of it can be.
     for root in reversed(dataflow.calls_of(module.graph, root_targets(pattern))):
         if root not in driver.dead:
@@ -117,8 +117,15 @@ def _readers_first(matches: Sequence[Match]) -> list[Match]:
 class _Driver:
     """One rule over one graph."""
 
-    def __init__(self, rule: Rule | FoundRule, graph: Graph, pattern: Any, approve: Approve) -> None:
-        self.rule, self.graph, self.approve = rule, graph, approve
+    def __init__(
+        self,
+        rule: Rule | FoundRule,
+        graph: Graph,
+        pattern: Any,
+        approve: Approve,
+        in_training: bool = False,
+    ) -> None:
+        self.rule, self.graph, self.approve, self.in_training = rule, graph, approve, in_training
         self.matcher = Matcher(pattern)
         self.result = PassResult()
         self.dead: set[Node] = set()
@@ -141,7 +148,7 @@ class _Driver:
         """Try to rewrite at `root`, and note why not."""
         refusal: tuple[State, Reject] | None = None
         for count, state in enumerate(self.matcher.solutions(root)):
-            match = Match(root, state.nodes, state.captures)
+            match = Match(root, state.nodes, state.captures, self.in_training)
             try:
                 self._take(match)
                 return

@@ -17,8 +17,9 @@ from effopt.graph.analyses.heads import equal
 from effopt.graph.analyses.masks.conditions import Condition
 from effopt.graph.analyses.masks.forms import AXES, Band, form_of_condition, places
 from effopt.graph.analyses.masks.sums import Axis, Magnitude, Sum, whole
+from effopt.graph.analyses.placed import Placed
 from effopt.graph.analyses.segment_sums import SUMMED
-from effopt.graph.placed import Placed, laid_out
+from effopt.graph.placed import laid_out
 from effopt.graph.rewrite import Emit, Reject, require
 from effopt.graph.values import shape_of, val
 

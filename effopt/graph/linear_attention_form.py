@@ -21,10 +21,11 @@ from effopt.graph.analyses.masks.forms import AXES, places
 from effopt.graph.analyses.masks.moves import Place, aligned, source_of
 from effopt.graph.analyses.masks.reading import Reader
 from effopt.graph.analyses.masks.sums import Axis, of
+from effopt.graph.analyses.placed import Placed
 from effopt.graph.analyses.segment_sums import SUMMED
 from effopt.graph.constants import constant_number, guarded_number
 from effopt.graph.linear_attention_decay import LEAD, Where
-from effopt.graph.placed import Placed, laid_out
+from effopt.graph.placed import laid_out
 from effopt.graph.rewrite import Emit, Match, require
 from effopt.graph.values import is_floating, shape_of, val
 

@@ -216,7 +216,7 @@ def _lies(origin: Origin, rank: int) -> bool:
 
 def _is_finite(node: Node) -> bool:
     known = masks.evaluate(node)
-    return masks.lower_bound(node) > -math.inf or (known is not None and bool(known.isfinite().all()))
+    return masks.least_number(node) > -math.inf or (known is not None and bool(known.isfinite().all()))
 
 
 def write(emit: Emit, p: Plan, query: Node, key: Node, mask: Node | None) -> dict[str, Any]:

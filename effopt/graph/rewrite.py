@@ -97,6 +97,8 @@ class Match:
     root: Node
     nodes: tuple[Node, ...]
     captures: Mapping[str, Any]
+    in_training: bool = False
+    """Whether a backward pass will be taken through the graph; told by `apply_rewrite` alone."""
     known: dict[Callable[[Match], Any], Any] = field(default_factory=dict, compare=False, repr=False)
 
     def once(self, question: Callable[[Match], Any]) -> Any:

@@ -156,7 +156,7 @@ class Rewrite(Pass):
 
     def apply(self, module: GraphModule, context: Context) -> PassResult:
         """Run the shared driver with this rule."""
-        return apply_rewrite(self, module, context.approve)
+        return apply_rewrite(self, module, context.approve, context.training)
 
     @abstractmethod
     def pattern(self, op: OpBuilder, *captures: Any) -> Any:

@@ -40,7 +40,7 @@ from effopt.graph.values import is_floating, val
 _aten = torch.ops.aten
 _TIMES = {_aten.mul.Tensor, _aten.mul.Scalar}
 _MOST_STEPS = 64
-"""Calls that a factor of keys is followed back through; those of models take below 10."""
+"""Calls that a factor of keys is followed back through; behind more, a cumulative sum may be hidden."""
 _POSITIVE = {_aten.exp.default, _aten.sigmoid.default}
 
 

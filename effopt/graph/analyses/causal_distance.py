@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from effopt.graph.analyses.masks import conditions as c
+from effopt.graph.analyses.masks.least_number import FILLS, WHERE
 from effopt.graph.analyses.masks.moves import Place, aligned, scalar, source_of
 from effopt.graph.analyses.masks.reading import Reader
 from effopt.graph.analyses.masks.sums import Axis, Magnitude, Sum, of, whole
@@ -23,8 +24,6 @@ from effopt.graph.values import is_floating, shape_of, val
 
 _aten = torch.ops.aten
 CASTS = {_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default}
-_WHERE = {_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar}
-_FILL = {_aten.masked_fill.Scalar, _aten.masked_fill.Tensor}
 _CLAMPS = {_aten.clamp.default, _aten.clamp_min.default, _aten.relu.default}
 _EXACT = (torch.float32, torch.float64)
 """Dtypes that hold the indices of any mask that fits into memory."""
@@ -84,9 +83,9 @@ def triangle(node: Node, place: Place) -> c.Condition:
 def choice_at(node: Node, place: Place, reader: Reader) -> tuple[c.Condition, Any, Any] | None:
     """(condition, where it holds, elsewhere) of a selection; a fill is turned, so that the number is last."""
     args: Any = node.args
-    if node.target in _WHERE:
+    if node.target in WHERE:
         condition, yes, no = args[:3]
-    elif node.target in _FILL:
+    elif node.target in FILLS:
         no, condition, yes = args[:3]
     else:
         return None

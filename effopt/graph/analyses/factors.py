@@ -15,6 +15,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.einsum_letters import letters_of
+from effopt.graph.analyses.heads import VIEWS
 from effopt.graph.analyses.lockstep import Along, Apply, Same, Series
 from effopt.graph.analyses.no_ops import COPIES, stands_for
 from effopt.graph.matching import bound_arguments
@@ -24,7 +25,6 @@ from effopt.graph.values import shape_of, val
 _aten = torch.ops.aten
 Axes = tuple[str | None, ...]
 """What each dimension of a value is, by a letter; `t` is time; None is one of size 1 that broadcasts."""
-_VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _below(value: Any, axes: Axes) -> tuple[Any, Axes] | None:
 
 def reshaped(target: Any, value: Any, other: Any, axes: Axes) -> Axes | None:
     """The axes of `other`, if it is `value` by these axes but for dimensions of size 1, which have none."""
-    if target not in _VIEWS:
+    if target not in VIEWS:
         return None
     own, sizes = sizes_of(value), sizes_of(other)
     kept = [axis for axis, size in zip(axes, own, strict=True) if not statically_known_true(size == 1)]

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from effopt.graph import ops
+from effopt.graph.analyses.collected import JOINS
 from effopt.graph.constants import SCALINGS
 from effopt.graph.rewrite import require
 from effopt.graph.values import is_floating, shape_of, val
@@ -28,7 +29,6 @@ _VIEWS = {
     *(_aten._to_copy.default, _aten.to.dtype, _aten.repeat.default, _aten.repeat_interleave.self_int),
 }
 _LOOKUPS = {_aten.index.Tensor, _aten.embedding.default, _aten.index_select.default}
-_JOINS = {_aten.cat.default, _aten.stack.default}
 _PRODUCTS = {
     *(_aten.mul.Tensor, _aten.matmul.default, _aten.bmm.default, _aten.outer.default),
     _aten.einsum.default,
@@ -86,7 +86,7 @@ def _laid_out_from(node: Node) -> Node | None:
         return None
     if node.target in _VIEWS or node.target in _LOOKUPS:
         return node.args[0] if isinstance(node.args[0], Node) else None
-    if node.target in _JOINS:
+    if node.target in JOINS:
         parts: set[Any] = set(node.args[0])  # type: ignore[arg-type]
         return parts.pop() if len(parts) == 1 else None
     return _factored(node)

@@ -20,7 +20,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.heads import broadcasts, equal
-from effopt.graph.analyses.least_number import least_number
+from effopt.graph.analyses.masks.least_number import least_number
 from effopt.graph.analyses.row_maximum import is_row_maximum
 from effopt.graph.analyses.score_formula import ABSORBING, Scores, Shape, Term
 from effopt.graph.constants import constant_number, guarded_number

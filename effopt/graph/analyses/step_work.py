@@ -29,6 +29,7 @@ from effopt.graph.analyses.collected import (
     is_alive,
 )
 from effopt.graph.analyses.factors import reshaped
+from effopt.graph.analyses.heads import VIEWS
 from effopt.graph.analyses.lockstep import Along, Apply, Lockstep, Same
 from effopt.graph.analyses.no_ops import COPIES
 from effopt.graph.analyses.over_time import is_pointwise
@@ -39,7 +40,6 @@ from effopt.graph.rewrite import Reject, require
 from effopt.graph.values import shape_of, val
 
 _aten = torch.ops.aten
-_VIEWS = (_aten.view.default, _aten.reshape.default)
 _LAYOUTS = (
     *COPIES,
     _aten.unsqueeze.default,
@@ -219,7 +219,7 @@ class _Reader:
 
 def _goes_through(node: Node) -> bool:
     """Whether a call is pointwise, or lays its operand out in a way that axes can be followed through."""
-    if node.target in _VIEWS:
+    if node.target in VIEWS:
         source: Any = node.args[0]
         return reshaped(node.target, node, source, (None,) * len(shape_of(node))) is not None
     return node.target in _LAYOUTS or node.target is _aten._to_copy.default or is_pointwise(node.target)

@@ -21,26 +21,18 @@ import torch
 from effopt.graph import ops
 from effopt.graph.analyses import masks
 from effopt.graph.ops.attention import OPTIONS
-from effopt.graph.pattern import Capture, OpBuilder, tensor
 from effopt.graph.rewrite import Emit, Match, require
-from effopt.passes.base import Example, Rewrite, Stage
+from effopt.passes.attention_pass import AttentionPass
+from effopt.passes.base import Example
 
 _MASKED = -1e30
 
 
 @dataclass(frozen=True)
-class ProveCausal(Rewrite):
+class ProveCausal(AttentionPass):
     """One mask or bias of an attention, if it is causal."""
 
     name: ClassVar[str] = "prove-causal"
-    stage: ClassVar[Stage] = Stage.ATTENTION
-
-    def anchors(self, pattern: Any) -> tuple[Any, ...]:
-        return (ops.attention.overload,)
-
-    def pattern(self, op: OpBuilder, q: Any, k: Any, v: Any) -> Any:
-        options = {name: Capture(name) for name in OPTIONS}
-        return op["effopt.attention"](tensor(q), tensor(k), tensor(v), **options)
 
     def legal(self, m: Match) -> None:
         require(not m.is_causal, "", m.root)

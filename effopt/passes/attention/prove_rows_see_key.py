@@ -20,25 +20,17 @@ import torch
 from effopt.graph import ops
 from effopt.graph.analyses import masks
 from effopt.graph.ops.attention import OPTIONS
-from effopt.graph.pattern import Capture, OpBuilder, tensor
 from effopt.graph.rewrite import Emit, Match, require
-from effopt.passes.base import Example, Rewrite, Stage
+from effopt.passes.attention_pass import AttentionPass
+from effopt.passes.base import Example
 
 
 @dataclass(frozen=True)
-class ProveRowsSeeKey(Rewrite):
+class ProveRowsSeeKey(AttentionPass):
     """Each attention whose one mask or bias leaves a key to every row."""
 
     name: ClassVar[str] = "prove-rows-see-key"
-    stage: ClassVar[Stage] = Stage.ATTENTION
     after: ClassVar[tuple[str, ...]] = ("prove-causal", "recover-mask-structure")
-
-    def anchors(self, pattern: Any) -> tuple[Any, ...]:
-        return (ops.attention.overload,)
-
-    def pattern(self, op: OpBuilder, q: Any, k: Any, v: Any) -> Any:
-        options = {name: Capture(name) for name in OPTIONS}
-        return op["effopt.attention"](tensor(q), tensor(k), tensor(v), **options)
 
     def legal(self, m: Match) -> None:
         masked = m.mask is not None or m.bias is not None

@@ -25,37 +25,26 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from effopt.graph import ops
 from effopt.graph.analyses.gathered_pages import gathers
-from effopt.graph.driver import apply_rewrite
-from effopt.graph.ops.attention import OPTIONS
 from effopt.graph.paged_attention_form import PagedForm, read, write
-from effopt.graph.pattern import Capture, OpBuilder, tensor
 from effopt.graph.rewrite import Emit, Match, PassResult, Replacement, require
-from effopt.passes.base import Context, Example, Rewrite, Stage
+from effopt.passes.attention_pass import AttentionPass
+from effopt.passes.base import Context, Example
 
 
 @dataclass(frozen=True)
-class RecognizePagedAttention(Rewrite):
+class RecognizePagedAttention(AttentionPass):
     """Each attention over keys and values that are gathered by one table."""
 
     name: ClassVar[str] = "recognize-paged-attention"
-    stage: ClassVar[Stage] = Stage.ATTENTION
     after: ClassVar[tuple[str, ...]] = (
         "prove-causal",
         "eliminate-common-subexpressions",
         "eliminate-dead-code",
     )
 
-    def anchors(self, pattern: Any) -> tuple[Any, ...]:
-        return (ops.attention.overload,)
-
-    def pattern(self, op: OpBuilder, q: Any, k: Any, v: Any) -> Any:
-        options = {name: Capture(name) for name in OPTIONS}
-        return op["effopt.attention"](tensor(q), tensor(k), tensor(v), **options)
-
     def apply(self, module: GraphModule, context: Context) -> PassResult:
-        """As every rewrite; in training nothing is rewritten, with the reason."""
+        """As every rewrite, but where nothing is gathered."""
         if not gathers(module.graph):
             return PassResult()
 
@@ -65,10 +54,12 @@ class RecognizePagedAttention(Rewrite):
             nodes = (*form.keys.between, *form.values.between, *m.nodes)
             return context.approve(rule, replace(m, nodes=tuple(dict.fromkeys(nodes))), replacement)
 
-        return apply_rewrite(_InTraining() if context.training else self, module, approve)
+        return super().apply(module, replace(context, approve=approve))
 
     def legal(self, m: Match) -> None:
         m.once(read)
+        reason = "training: no kernel here gives gradients to attention over pages"
+        require(not m.in_training, reason, m.root)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
         return write(emit, m, m.once(read))
@@ -140,10 +131,3 @@ def _last(q: Tensor, pool: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
     rows = (lengths[:, None] - t + torch.arange(t))[:, None, :, None]
     scores = (q @ k.mT).masked_fill(torch.arange(k.shape[2]) > rows, -torch.inf)
     return scores.softmax(-1) @ k
-
-
-@dataclass(frozen=True)
-class _InTraining(RecognizePagedAttention):
-    def legal(self, m: Match) -> None:
-        super().legal(m)
-        require(False, "training: no kernel here gives gradients to attention over pages", m.root)

@@ -24,49 +24,36 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.fx import GraphModule
 
 from effopt.graph import ops
-from effopt.graph.driver import apply_rewrite
 from effopt.graph.mask_structure import Plan, Told, plan, write
 from effopt.graph.ops.attention import OPTIONS
-from effopt.graph.pattern import Capture, OpBuilder, tensor
-from effopt.graph.rewrite import Emit, Match, PassResult, require
-from effopt.passes.base import Context, Example, Rewrite, Stage
+from effopt.graph.rewrite import Emit, Match, require
+from effopt.passes.attention_pass import AttentionPass
+from effopt.passes.base import Example
 
 
 @dataclass(frozen=True)
-class RecoverMaskStructure(Rewrite):
+class RecoverMaskStructure(AttentionPass):
     """Each attention with a mask, or a bias that hides keys."""
 
     name: ClassVar[str] = "recover-mask-structure"
-    stage: ClassVar[Stage] = Stage.ATTENTION
     after: ClassVar[tuple[str, ...]] = ("prove-causal",)
-
-    def anchors(self, pattern: Any) -> tuple[Any, ...]:
-        return (ops.attention.overload,)
-
-    def pattern(self, op: OpBuilder, q: Any, k: Any, v: Any) -> Any:
-        options = {name: Capture(name) for name in OPTIONS}
-        return op["effopt.attention"](tensor(q), tensor(k), tensor(v), **options)
-
-    def apply(self, module: GraphModule, context: Context) -> PassResult:
-        """As every rewrite; in training, of a bias only where each row is proved to see a key."""
-        return apply_rewrite(_InTraining() if context.training else self, module, context.approve)
 
     def legal(self, m: Match) -> None:
         require(m.mask is not None or m.bias is not None, "", m.root)
         require(m.low is None and m.high is None and m.query_ids is None, "", m.root)
-        self._plan(m)
-
-    def _plan(self, m: Match) -> Plan:
-        found = plan(m.q, m.k, m.mask, m.bias)
+        found = m.once(_plan)
         hides = m.mask is None and found.fill is None
         require(not (hides and m.is_causal), "causal, and a bias that hides keys: a row may see none", m.root)
-        return found
+        # A bias gives a gradient to the scores of a row that it hides whole; a mask gives none.
+        kept = m.mask is not None or found.rows_see_key or not m.in_training
+        require(
+            kept, "a row may see no key, and in training its scores get a gradient: the bias stays", m.root
+        )
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
-        found = self._plan(m)
+        found = m.once(_plan)
         kept = {name: m.captures[name] for name in OPTIONS} | write(emit, found, m.q, m.k, m.mask)
         if kept["mask"] is None and found.told == Told():
             kept["fill"] = None
@@ -117,14 +104,5 @@ class RecoverMaskStructure(Rewrite):
         yield Example(twice, (q, torch.arange(6) > 2), "the sum of its biases decides")
 
 
-@dataclass(frozen=True)
-class _InTraining(RecoverMaskStructure):
-    """A bias gives a gradient to the scores of a row that it hides whole; a mask gives none."""
-
-    def _plan(self, m: Match) -> Plan:
-        found = super()._plan(m)
-        kept = m.mask is not None or found.rows_see_key
-        require(
-            kept, "a row may see no key, and in training its scores get a gradient: the bias stays", m.root
-        )
-        return found
+def _plan(m: Match) -> Plan:
+    return plan(m.q, m.k, m.mask, m.bias)

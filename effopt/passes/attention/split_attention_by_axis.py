@@ -26,29 +26,20 @@ from torch.fx import Node
 from effopt.graph import ops
 from effopt.graph.analyses import masks
 from effopt.graph.analyses.mask_axes import Lines, lines_of
-from effopt.graph.ops.attention import OPTIONS
-from effopt.graph.pattern import Capture, OpBuilder, tensor
 from effopt.graph.rewrite import Emit, Match, require
 from effopt.graph.values import shape_of
-from effopt.passes.base import Example, Rewrite, Stage
+from effopt.passes.attention_pass import AttentionPass
+from effopt.passes.base import Example
 
 _aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class SplitAttentionByAxis(Rewrite):
+class SplitAttentionByAxis(AttentionPass):
     """Each attention whose one mask or bias is proved to be the lines of a grid."""
 
     name: ClassVar[str] = "split-attention-by-axis"
-    stage: ClassVar[Stage] = Stage.ATTENTION
     after: ClassVar[tuple[str, ...]] = ("prove-causal",)
-
-    def anchors(self, pattern: Any) -> tuple[Any, ...]:
-        return (ops.attention.overload,)
-
-    def pattern(self, op: OpBuilder, q: Any, k: Any, v: Any) -> Any:
-        options = {name: Capture(name) for name in OPTIONS}
-        return op["effopt.attention"](tensor(q), tensor(k), tensor(v), **options)
 
     def legal(self, m: Match) -> None:
         require((m.mask is None) != (m.bias is None), "", m.root)

@@ -20,44 +20,29 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from effopt.graph import ops
 from effopt.graph.analyses import masks
 from effopt.graph.analyses.key_segments import segments_of
 from effopt.graph.attention_parts import Run, refuse_hidden, runs_of, saved_bytes, write
-from effopt.graph.driver import apply_rewrite
 from effopt.graph.ops.attention import OPTIONS
-from effopt.graph.pattern import Capture, OpBuilder, tensor
-from effopt.graph.rewrite import Emit, Match, PassResult, require
+from effopt.graph.rewrite import Emit, Match, require
 from effopt.graph.values import shape_of
-from effopt.passes.base import Context, Example, Rewrite, Stage
+from effopt.passes.attention_pass import AttentionPass
+from effopt.passes.base import Example
 
 
 @dataclass(frozen=True)
-class SplitSharedPrefix(Rewrite):
+class SplitSharedPrefix(AttentionPass):
     """Each attention over keys of several parts, of which the batch shares one."""
 
     name: ClassVar[str] = "split-shared-prefix"
-    stage: ClassVar[Stage] = Stage.ATTENTION
     after: ClassVar[tuple[str, ...]] = ("recover-mask-structure", "prove-rows-see-key")
-
-    def anchors(self, pattern: Any) -> tuple[Any, ...]:
-        return (ops.attention.overload,)
-
-    def pattern(self, op: OpBuilder, q: Any, k: Any, v: Any) -> Any:
-        options = {name: Capture(name) for name in OPTIONS}
-        return op["effopt.attention"](tensor(q), tensor(k), tensor(v), **options)
-
-    def apply(self, module: GraphModule, context: Context) -> PassResult:
-        """As every rewrite; in training nothing is rewritten, with the reason."""
-        return apply_rewrite(_InTraining() if context.training else self, module, context.approve)
 
     def legal(self, m: Match) -> None:
         require(len(shape_of(m.q)) == 4, "", m.root)
-        runs = runs_of(segments_of(m.k, m.v))
+        runs = m.once(_runs)
         some = "no part of the keys and values is proved to be the same for all batch entries"
         require(any(run.is_shared for run in runs), some, m.root)
         require(not statically_known_true(shape_of(m.q)[0] == 1), "the batch is 1: it shares nothing", m.root)
@@ -72,6 +57,7 @@ class SplitSharedPrefix(Rewrite):
         saved, moved = saved_bytes(m.q, runs, m.mask)
         reason = f"reading the shared keys once saves {saved} bytes, and joining the parts moves {moved}"
         require(saved > moved, reason, m.root)
+        require(not m.in_training, "training: no kernel here gives gradients to a log-sum-exp", m.root)
 
     def _refuse_blind_rows(self, m: Match, runs: tuple[Run, ...]) -> None:
         """A row without a key must give 0, as it does in parts, or not be there."""
@@ -84,7 +70,7 @@ class SplitSharedPrefix(Rewrite):
         require(m.sinks is None or fill == -math.inf, f"sinks, and masked scores of {fill:g}", m.root)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
-        runs = runs_of(segments_of(m.k, m.v))
+        runs = m.once(_runs)
         mask = m.mask
         while mask is not None and len(shape_of(mask)) < 4:
             mask = emit(torch.ops.aten.unsqueeze.default, mask, 0)
@@ -137,13 +123,10 @@ def _causal_after_prefix(q: torch.Tensor, prefix: torch.Tensor, own: torch.Tenso
     return attend(q, k, k, attn_mask=seen, enable_gqa=True)
 
 
+def _runs(m: Match) -> tuple[Run, ...]:
+    return runs_of(segments_of(m.k, m.v))
+
+
 def _has_key(runs: tuple[Run, ...]) -> bool:
     """Whether there is a shared key: all queries see those."""
     return any(r.is_shared and statically_known_true(r.segments[0].length >= 1) for r in runs)
-
-
-@dataclass(frozen=True)
-class _InTraining(SplitSharedPrefix):
-    def legal(self, m: Match) -> None:
-        super().legal(m)
-        require(False, "training: no kernel here gives gradients to a log-sum-exp", m.root)

@@ -21,7 +21,6 @@ from torch.fx import GraphModule
 
 from effopt.graph.analyses.between_matmuls import feeds_matmul
 from effopt.graph.attention_form import read, write
-from effopt.graph.driver import apply_rewrite
 from effopt.graph.pattern import ANY, HOLE, Capture, Named, OpBuilder, any_of, chain, tensor
 from effopt.graph.rewrite import Emit, Match, PassResult, require
 from effopt.passes.base import Context, Example, Rewrite, Stage
@@ -44,8 +43,7 @@ class RecognizeAttention(Rewrite):
 
     def apply(self, module: GraphModule, context: Context) -> PassResult:
         """As every rewrite, but silent on a softmax that weighs nothing, such as a router's."""
-        rule = _InTraining() if context.training else self
-        result = apply_rewrite(rule, module, context.approve)
+        result = super().apply(module, context)
         left = {n.name: n for n in module.graph.find_nodes(op="call_function", target=_SOFTMAX)}
         result.rejected = [r for r in result.rejected if r.node not in left or feeds_matmul(left[r.node])]
         return result
@@ -63,10 +61,12 @@ class RecognizeAttention(Rewrite):
         return any_of(op.matmul(used, v), op.bmm(used, v))
 
     def legal(self, m: Match) -> None:
-        read(m)
+        form = m.once(read)
+        reason = "training: `max` halves the gradients of a row that sees no key; take `clamp(min=...)`"
+        require(not (m.in_training and form.scores.halves), reason, m.root)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
-        return write(emit, read(m))
+        return write(emit, m.once(read))
 
     def samples(self) -> Iterable[Example]:
         q, k, v = (torch.randn(2, 4, n, 8) for n in (5, 7, 7))
@@ -99,13 +99,6 @@ class RecognizeAttention(Rewrite):
         wide = lambda q, b: (q @ q.mT + b).softmax(-1) @ q  # noqa: E731
         yield Example(wide, (q[:1], torch.randn(2, 1, 4, 4)), "enlarges")
         yield Example(lambda q, w: (q @ w).softmax(-1) @ q, (q, torch.randn(4, 4)), "different ranks")
-
-
-@dataclass(frozen=True)
-class _InTraining(RecognizeAttention):
-    def legal(self, m: Match) -> None:
-        reason = "training: `max` halves the gradients of a row that sees no key; take `clamp(min=...)`"
-        require(not read(m).scores.halves, reason, m.root)
 
 
 def _softmax(op: OpBuilder, scores: Any) -> Any:

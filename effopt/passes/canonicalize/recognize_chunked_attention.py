@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from effopt.graph.chunked_attention_form import ChunkedForm, read, write
 from effopt.graph.driver import apply_found
-from effopt.graph.rewrite import Emit, Match, PassResult, Reject
+from effopt.graph.rewrite import Emit, Match, PassResult
 from effopt.passes.base import Context, Example, GraphPass, Stage
 
 _aten = torch.ops.aten
@@ -43,25 +43,12 @@ class RecognizeChunkedAttention(GraphPass):
 
     def apply(self, module: GraphModule, context: Context) -> PassResult:
         """Each sum of pairs of tokens and of states, and the op."""
-        matches, told, faults = [], list[tuple[Node, str]](), list[str]()
-        for root in module.graph.find_nodes(op="call_function", target=_aten.add.Tensor):
-            try:
-                form = read(root)
-            except Reject as why:
-                told.append((why.node or root, why.reason))
-            except Exception as error:  # noqa: BLE001 - the reading's own fault: reported, others go on
-                faults.append(f"at {root.name} raised {type(error).__name__}: {error}")
-            else:
-                matches.append(Match(root, form.nodes, {"form": form}))
-        result = apply_found(self, module, matches, context.approve)
-        result.faults.extend(faults)
-        for node, reason in told:
-            if reason:
-                result.reject(self.name, node, reason)
-        return result
+        roots = module.graph.find_nodes(op="call_function", target=_aten.add.Tensor)
+        return apply_found(self, module, list(map(_match, roots)), context.approve)
 
     def legal(self, m: Match) -> None:
-        """All of it was proved where it was read."""
+        if isinstance(m.form, Exception):
+            raise m.form
 
     def outputs(self, m: Match) -> tuple[Node, ...]:
         """The sum, and the state after the last chunk."""
@@ -82,6 +69,15 @@ class RecognizeChunkedAttention(GraphPass):
         yield Example(off, given, "off by one")
         stale = lambda c, b, x, g: _chunked(c, b, x, g, other=2 * g)  # noqa: E731
         yield Example(stale, given, "decays by other gates")
+
+
+def _match(root: Node) -> Match:
+    """A sum with all that the op takes the place of; or alone, with why it is no such form."""
+    try:
+        form = read(root)
+    except Exception as why:  # noqa: BLE001 - `legal` raises it, where the driver tells it
+        return Match(root, (root,), {"form": why})
+    return Match(root, form.nodes, {"form": form})
 
 
 def _inputs() -> tuple[Tensor, ...]:

@@ -63,10 +63,10 @@ class RecognizeCumulativeAttention(Rewrite):
         )
 
     def legal(self, m: Match) -> None:
-        read(m)
+        m.once(read)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
-        return write(emit, read(m))
+        return write(emit, m.once(read))
 
     def samples(self) -> Iterable[Example]:
         q, k, v = (torch.randn(2, 3, 9, n) for n in (4, 4, 5))

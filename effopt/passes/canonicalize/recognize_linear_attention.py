@@ -65,10 +65,10 @@ class RecognizeLinearAttention(Rewrite):
         return any_of(op.matmul(weights, v), op.bmm(weights, v), op.sum(weights, [-1], ANY))
 
     def legal(self, m: Match) -> None:
-        read(m)
+        m.once(read)
 
     def rewrite(self, emit: Emit, m: Match) -> Any:
-        return write(emit, read(m))
+        return write(emit, m.once(read))
 
     def samples(self) -> Iterable[Example]:
         q, k, v = (torch.randn(2, 3, 9, n) for n in (4, 4, 5))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from effopt.graph.analyses.masks.sums import Axis, of
+from effopt.graph.analyses.placed import Placed
 from effopt.graph.analyses.products import product_at
-from effopt.graph.placed import Placed
 from effopt.graph.values import shape_of
 from tests.graph.analyses.sum_cases import number, traced
 

@@ -12,7 +12,6 @@ from effopt.graph.analyses.masks.facts import (
     every_row_sees,
     is_causal,
     is_mask,
-    lower_bound,
     opening,
     sees_key,
 )
@@ -30,6 +29,7 @@ from effopt.graph.analyses.masks.forms import (
     form_of,
     form_of_condition,
 )
+from effopt.graph.analyses.masks.least_number import least_number
 
 __all__ = [
     "MASKED",
@@ -53,7 +53,7 @@ __all__ = [
     "form_of_condition",
     "is_causal",
     "is_mask",
-    "lower_bound",
+    "least_number",
     "opening",
     "sees_key",
 ]

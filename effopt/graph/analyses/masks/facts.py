@@ -13,8 +13,8 @@ from effopt.graph.analyses.masks import conditions as c
 from effopt.graph.analyses.masks.biases import MASKED, bias_of
 from effopt.graph.analyses.masks.evaluation import evaluate
 from effopt.graph.analyses.masks.forms import Band, Form, form_of, form_of_condition
+from effopt.graph.analyses.masks.least_number import FILLS, WHERE, least_number
 from effopt.graph.analyses.masks.sums import Axis, Sum, highest, lowest, of, whole
-from effopt.graph.constants import constant_number
 from effopt.graph.values import shape_of, val
 
 _aten = torch.ops.aten
@@ -23,9 +23,7 @@ _PASS = {
     *(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.unsqueeze.default),
     _aten.lift_fresh_copy.default,
 }
-_WHERE = {_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar}
-_FILL = {_aten.masked_fill.Scalar, _aten.masked_fill.Tensor}
-_BUILDS_MASK = {*_WHERE, *_FILL, _aten.tril.default, _aten.triu.default, _aten.mul.Tensor}
+_BUILDS_MASK = {*WHERE, *FILLS, _aten.tril.default, _aten.triu.default, _aten.mul.Tensor}
 CAUSAL = Band(high=whole(0))
 
 
@@ -56,7 +54,7 @@ def is_causal(mask: Node) -> bool:
 
 def every_row_sees(mask: Node) -> bool:
     """Whether no row of a mask (bool: all False; float: all -inf) is without a key."""
-    if val(mask).dtype != torch.bool and lower_bound(mask) > -math.inf:
+    if val(mask).dtype != torch.bool and least_number(mask) > -math.inf:
         return True
     sizes = shape_of(mask)
     form = opening(mask)
@@ -92,26 +90,3 @@ def is_mask(node: Node) -> bool:
         node = node.all_input_nodes[0]
     given = node.op != "call_function"
     return given or val(node).dtype == torch.bool or node.target in _BUILDS_MASK
-
-
-def lower_bound(node: Any, depth: int = 12) -> float:
-    """A number that no element of `node` is below; -inf if none is known."""
-    number = constant_number(node)
-    if number is not None:
-        return float(number)
-    if not isinstance(node, Node) or node.op != "call_function" or depth == 0:
-        return -math.inf
-    args = node.args
-    if node.target in _PASS:
-        source = args[0]
-        if isinstance(val(source), torch.Tensor) and val(source).dtype == torch.bool:
-            return 0.0
-        low = lower_bound(source, depth - 1)
-        # A finite float32 can become -inf in a narrower type.
-        kept = not val(node).dtype.is_floating_point or low >= torch.finfo(val(node).dtype).min
-        return low if kept else -math.inf
-    if node.target in _WHERE:
-        return min(lower_bound(args[1], depth - 1), lower_bound(args[2], depth - 1))
-    if node.target in _FILL:
-        return min(lower_bound(args[0], depth - 1), lower_bound(args[2], depth - 1))
-    return -math.inf
