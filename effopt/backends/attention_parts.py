@@ -20,8 +20,9 @@ from effopt.graph.ops.attention import open_keys, score_flops
 from effopt.graph.ops.base import Operands, hint
 from effopt.target import Target
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @by_operands(ops.attention_lse)
@@ -41,7 +42,7 @@ def flash_lse(operands: Operands) -> tuple[Tensor, Tensor]:
             added = added.unsqueeze(0)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     is_causal, scale = operands["is_causal"], operands["scale"]
-    out, lse = _flash(query, key, value, 0.0, is_causal, attn_mask=added, scale=scale)
+    out, lse = flash(query, key, value, 0.0, is_causal, attn_mask=added, scale=scale)
     if added is not None:
         lse = torch.where((added > -math.inf).any(dim=-1), lse, -math.inf)
     return out.contiguous(), lse.contiguous()
@@ -53,7 +54,7 @@ def _supports(target: Target, operands: Operands) -> str | None:
         return f"runs on a CPU, this is {target.device_type}"
     if operands["softcap"] or operands["sinks"] is not None:
         return "the CPU kernel has no soft-cap and no sinks"
-    if query.dtype not in _DTYPES:
+    if query.dtype not in DTYPES:
         return f"the CPU kernel has no {query.dtype}"
     sizes = (*query.shape, *operands["key"].shape)
     if not all(statically_known_true(size > 0) for size in sizes):

@@ -1,12 +1,12 @@
-"""Attention on a CPU that computes only the keys which bands, ids or padding leave open to blocks of queries.
+"""Attention on a CPU that computes only the keys which bands, ids or padding leave open to queries.
 
-`key_blocks.py` finds the keys of a block. With them a block is an attention of its own, with a mask only
-where its edges are ragged: `scaled_dot_product_attention`, or the op's reference for soft-cap and sinks. A
-row that sees no key gets what softmax gives it over all keys: NaN, the mean of the values for a finite
-fill, or 0 as SDPA gives. The backward pass computes the weights of each block again.
+Rows for which `known_rows.py` finds such keys by their bounds are computed in few calls of the kernel, the
+others in blocks. `key_blocks.py` finds the keys of a block. With them a block is an attention of its own,
+with a mask only where its edges are ragged: `scaled_dot_product_attention`, or the op's reference for
+soft-cap and sinks. A row that sees no key gets what softmax gives it over all keys: NaN, the mean of the
+values for a finite fill, or 0 as SDPA gives.
 
-Source: Dao et al. 2022, arXiv:2205.14135, section 3.3 (block-sparse: blocks that are masked are not read) and
-appendix B.2 (the gradients).
+Source: Dao et al. 2022, arXiv:2205.14135, section 3.3 (block-sparse: blocks that are masked are not read).
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from effopt.backends.base import Lowering, by_operands
-from effopt.backends.key_blocks import Block, Call, allowed_in, block_size, blocks_of, open_in, part, part_in
+from effopt.backends.block_attention_gradients import backward
+from effopt.backends.key_blocks import Block, Call, allowed_in, block_size, blocks_of, open_in, part_in
+from effopt.backends.known_rows import Rows, attend, rows_of
 from effopt.graph import ops
 from effopt.graph.ops.attention import band_share, score_flops
 from effopt.graph.ops.base import Operands, hint, tensor_bytes
@@ -72,22 +74,33 @@ def _like(bias: Tensor, q: Tensor) -> Tensor:
 def _mean(call: Call) -> Tensor:
     """Mean of the values of each head, `[b, h, 1, dv]`; what a row without keys gets, if that is not NaN."""
     b, h, dv = call.query.shape[0], call.query.shape[1], call.value.shape[-1]
-    if not _gives_mean(call):
+    if not call.gives_mean:
         nan = call.sinks is None and not call.zero_masked_rows and not call.rows_see_key
         return call.value.new_full((b, h, 1, dv), math.nan if nan else 0.0)
     return call.value.mean(dim=-2, keepdim=True).repeat_interleave(h // call.value.shape[1], dim=1)
 
 
-def _gives_mean(call: Call) -> bool:
-    """Whether a row without keys gets the mean of all values."""
-    return math.isfinite(call.fill) and not call.rows_see_key and call.sinks is None
-
-
-def forward(call: Call) -> Tensor:
-    """The op, block by block."""
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """The op, and the log-sum-exp of rows whose keys the kernel knows at once; of others, by blocks, 0."""
     out = call.query.new_empty((*call.query.shape[:-1], call.value.shape[-1]))
-    mean = _mean(call)
-    for block in blocks_of(call):
+    lse = _no_lse(call.query)
+    all_rows = list(rows_of(call))
+    mean = out[:, :, :1] if all(rows.ranges for rows in all_rows) else _mean(call)
+    for rows in all_rows:
+        if rows.ranges:
+            at = rows.batch, slice(None), rows.queries
+            out[at], lse[at] = attend(call, rows)
+        else:
+            _by_blocks(call, rows, out, mean)
+    return out, lse
+
+
+def _no_lse(query: Tensor) -> Tensor:
+    return query.new_zeros(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _by_blocks(call: Call, rows: Rows, out: Tensor, mean: Tensor) -> None:
+    for block in blocks_of(call, rows.batch, rows.queries):
         batch, queries = block.batch, block.queries
         into = out[batch, :, queries]
         if block.is_empty:
@@ -95,69 +108,6 @@ def forward(call: Call) -> Tensor:
             continue
         q, k, v = call.query[batch, :, queries], *(block.read(x[batch], 2) for x in (call.key, call.value))
         into.copy_(_attend(call, block, q, k, v, mean[batch]))
-    return out
-
-
-def backward(call: Call, grad: Tensor, needs_bias: bool) -> list[Tensor]:
-    """Gradients of query, key, value, bias and sinks; of the last two empty where not needed."""
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    query, key, value = (torch.zeros_like(x, dtype=wide) for x in (call.query, call.key, call.value))
-    bias = grad.new_zeros(call.bias.shape if needs_bias and call.bias is not None else (0,), dtype=wide)
-    sinks = grad.new_zeros(() if call.sinks is None else call.sinks.shape, dtype=wide)
-    heads, hkv = call.query.shape[1], call.key.shape[1]
-    mean = grad.new_zeros((grad.shape[0], heads, 1, grad.shape[-1]), dtype=wide)
-    for block in blocks_of(call):
-        batch, queries = block.batch, block.queries
-        rows = grad[batch, :, queries].to(wide)
-        if block.is_empty:
-            mean[batch] += rows.sum(-2, keepdim=True)
-            continue
-        q = call.query[batch, :, queries].to(wide)
-        k, v = (block.read(x[batch], 2).to(wide) for x in (call.key, call.value))
-        k, v = (x.repeat_interleave(heads // hkv, 1) for x in (k, v))
-        weights, slope, sink, blind = _weights(call, block, q, k)
-        by_weight = rows @ v.mT
-        held = (weights * by_weight).sum(-1, keepdim=True)
-        by_score = weights * (by_weight - held)
-        for columns, keys in block.segments if needs_bias else ():
-            into = part(bias, batch, queries, keys)
-            into += by_score[..., columns].sum_to_size(into.shape)
-        if sink is not None:
-            sinks -= (sink * held).sum((0, 2, 3))
-        by_product = (by_score if slope is None else by_score * slope) * call.scale
-        query[batch, :, queries] += by_product @ k
-        by_key, by_value = (by_product.mT @ q), (weights.mT @ rows)
-        for columns, keys in block.segments:
-            key[batch, :, keys] += by_key[:, :, columns].unflatten(1, (hkv, -1)).sum(2)
-            value[batch, :, keys] += by_value[:, :, columns].unflatten(1, (hkv, -1)).sum(2)
-        mean[batch] += (rows * blind).sum(-2, keepdim=True)
-    if _gives_mean(call):
-        value += mean.unflatten(1, (hkv, -1)).sum(2) / call.value.shape[-2]
-    given = (call.query, call.key, call.value, call.bias, call.sinks)
-    made = (query, key, value, bias, sinks)
-    return [m if x is None else m.to(x.dtype) for m, x in zip(made, given, strict=True)]
-
-
-def _weights(
-    call: Call, block: Block, q: Tensor, k: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Weights of a block, the slope of the soft-cap, the weight of the sinks, and which rows see no key."""
-    scores, slope = q @ k.mT * call.scale, None
-    if call.softcap:
-        capped = torch.tanh(scores / call.softcap)
-        scores, slope = call.softcap * capped, 1.0 - capped * capped
-    bias, seen = None if call.bias is None else part_in(call.bias, block), open_in(call, block)
-    scores = scores if bias is None else scores + bias
-    scores = scores if seen is None else scores.masked_fill(~seen, -math.inf)
-    peak = scores.amax(-1, keepdim=True)
-    sink = None if call.sinks is None else call.sinks.to(scores.dtype).view(-1, 1, 1)
-    peak = peak if sink is None else torch.maximum(peak, sink)
-    blind = peak == -math.inf
-    weights = (scores - peak.masked_fill(blind, 0.0)).exp()
-    total = weights.sum(-1, keepdim=True)
-    held = None if sink is None else (sink - peak).exp()
-    total = (total if held is None else total + held).masked_fill(blind, 1.0)
-    return weights / total, slope, None if held is None else held / total, blind
 
 
 _SCHEMA = (
@@ -168,29 +118,32 @@ _SCHEMA = (
 
 
 @torch.library.custom_op(
-    "effopt_cpu::block_attention", mutates_args=(), schema=f"({_SCHEMA}) -> Tensor", device_types="cpu"
+    "effopt_cpu::block_attention",
+    mutates_args=(),
+    schema=f"({_SCHEMA}) -> (Tensor, Tensor)",
+    device_types="cpu",
 )
-def _forward(*given: Any) -> Tensor:
+def _forward(*given: Any) -> tuple[Tensor, Tensor]:
     return forward(Call(*given))
 
 
 @torch.library.custom_op(
     "effopt_cpu::block_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, bool needs_bias, {_SCHEMA}) -> Tensor[]",
+    schema=f"(Tensor grad, Tensor out, Tensor lse, bool needs_bias, {_SCHEMA}) -> Tensor[]",
     device_types="cpu",
 )
-def _backward(grad: Tensor, needs_bias: bool, *given: Any) -> list[Tensor]:
-    return backward(Call(*given), grad, needs_bias)
+def _backward(grad: Tensor, out: Tensor, lse: Tensor, needs_bias: bool, *given: Any) -> list[Tensor]:
+    return backward(Call(*given), (grad, out, lse), needs_bias)
 
 
 @_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty((*query.shape[:-1], value.shape[-1])), _no_lse(query)
 
 
 @_backward.register_fake
-def _(grad: Tensor, needs_bias: bool, *given: Any) -> list[Tensor]:
+def _(grad: Tensor, out: Tensor, lse: Tensor, needs_bias: bool, *given: Any) -> list[Tensor]:
     query, key, value, bias, _, sinks = given[:6]
     wide = torch.promote_types(grad.dtype, torch.float32)
     made = [torch.empty_like(x) for x in (query, key, value)]
@@ -203,14 +156,15 @@ def _(grad: Tensor, needs_bias: bool, *given: Any) -> list[Tensor]:
     ]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[:8])
     ctx.rest = inputs[8:]
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
-    made = _backward(grad, needs[3], *ctx.saved_tensors, *ctx.rest)
+    out, lse, *tensors = ctx.saved_tensors
+    made = _backward(grad, out, lse, needs[3], *tensors, *ctx.rest)
     query, key, value, bias, sinks = (
         g if n else None for g, n in zip(made, (*needs[:4], needs[5]), strict=True)
     )
@@ -234,7 +188,8 @@ def block_attention(operands: Operands) -> Tensor:
     floor = -math.inf if operands["fill"] is None else operands["fill"]
     scores = (operands["scale"], floor, operands["softcap"])
     rows = (operands["zero_masked_rows"], operands["rows_see_key"])
-    return _forward(*tensors, *scores, low, high, operands["anchors"] or 0, prefix, *rows)
+    out, _ = _forward(*tensors, *scores, low, high, operands["anchors"] or 0, prefix, *rows)
+    return out
 
 
 def _supports(target: Target, operands: Operands) -> str | None:

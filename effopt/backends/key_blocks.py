@@ -46,6 +46,11 @@ class Call:
     bands: dict[tuple[int, ...], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
     """Masks of blocks that differ in nothing but their place: queries, keys, and bounds counted from them."""
 
+    @property
+    def gives_mean(self) -> bool:
+        """Whether a row without keys gets the mean of all values."""
+        return math.isfinite(self.fill) and not self.rows_see_key and self.sinks is None
+
 
 @dataclass(frozen=True)
 class Block:
@@ -75,22 +80,32 @@ class Block:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def blocks_of(call: Call) -> Iterator[Block]:
-    """All blocks: every query of every batch entry is in one."""
+def entries_of(call: Call) -> list[slice]:
+    """Batch entries, those apart that something else is told of each."""
+    b = call.query.shape[0]
+    apart = any(x is not None and x.dim() == n and x.shape[0] > 1 for x, n in _per_entry(call))
+    return [slice(i, i + 1) for i in range(b)] if apart else [slice(0, b)]
+
+
+def blocks_of(call: Call, batch: slice, rows: slice) -> Iterator[Block]:
+    """Blocks of some batch entries and rows: every row is in one."""
     b, t, s = call.query.shape[0], call.query.shape[-2], call.key.shape[-2]
     size = block_size(t, call.low, call.high, b * call.query.shape[1])
-    apart = any(x is not None and x.dim() == n and x.shape[0] > 1 for x, n in _per_entry(call))
-    entries = [slice(i, i + 1) for i in range(b)] if apart else [slice(0, b)]
-    for batch in entries:
-        for start in range(0, t, size):
-            queries = slice(start, min(t, start + size))
-            first, last = max(0, start + call.low), min(s, max(queries.stop + call.high, call.prefix))
-            anchors = max(0, min(call.anchors, last))
-            first = max(first, anchors)
-            keys = _narrowed(call, batch, queries, first, max(first, last))
-            if anchors and keys.start in (anchors, keys.stop):
-                anchors, keys = 0, slice(0, max(anchors, keys.stop if keys.start < keys.stop else 0))
-            yield Block(batch, queries, keys, anchors)
+    for start in range(rows.start, rows.stop, size):
+        queries = slice(start, min(rows.stop, start + size))
+        first, last = max(0, start + call.low), min(s, max(queries.stop + call.high, call.prefix))
+        anchors = max(0, min(call.anchors, last))
+        first = max(first, anchors)
+        keys = _narrowed(call, batch, queries, first, max(first, last))
+        if anchors and keys.start in (anchors, keys.stop):
+            anchors, keys = 0, slice(0, max(anchors, keys.stop if keys.start < keys.stop else 0))
+        yield Block(batch, queries, keys, anchors)
+
+
+def all_blocks(call: Call) -> Iterator[Block]:
+    """Those of all entries and rows."""
+    for batch in entries_of(call):
+        yield from blocks_of(call, batch, slice(0, call.query.shape[-2]))
 
 
 def _per_entry(call: Call) -> list[tuple[Tensor | None, int]]:

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from effopt.backends import key_blocks
+from effopt.backends import band_steps, key_blocks, known_rows
 from effopt.backends.base import choose
 from effopt.backends.block_attention import LOWERINGS, block_attention
-from effopt.backends.key_blocks import Call, blocks_of
+from effopt.backends.key_blocks import Call, all_blocks
 from effopt.backends.native import LOWERINGS as NATIVE
 from effopt.backends.reference import reference_lowering
 from effopt.graph import ops
@@ -29,6 +29,9 @@ B, H, HKV, T, S, D = 2, 4, 2, 23, 29, 8
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key_blocks, "_LEAST", 4)
     monkeypatch.setattr(key_blocks, "_MOST", 8)
+    monkeypatch.setattr(known_rows, "STEP", 4)
+    monkeypatch.setattr(band_steps, "STEP", 4)
+    monkeypatch.setattr(known_rows, "_FEW", 2)
 
 
 def operands(dtype: torch.dtype = torch.float32, t: int = T, s: int = S) -> list[Tensor]:
@@ -180,7 +183,7 @@ def computed(t: int, s: int, **kwargs: Any) -> float:
         "softcap": 0.0,
         **given,
     }
-    found = list(blocks_of(Call(q, k, v, **given, zero_masked_rows=False, rows_see_key=False)))
+    found = list(all_blocks(Call(q, k, v, **given, zero_masked_rows=False, rows_see_key=False)))
     length = lambda x: x.stop - x.start  # noqa: E731
     pairs = [length(x.batch) * length(x.queries) * length(keys) for x in found for _, keys in x.segments]
     return sum(pairs) / (B * t * s)
