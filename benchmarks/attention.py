@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from effopt.backends.block_attention import block_attention
 from effopt.backends.key_blocks import Call, blocks_of
+from effopt.backends.known_rows import rows_of
 from effopt.bench import machine
 from effopt.graph import ops
 from effopt.graph.ops.attention import open_keys
@@ -106,7 +107,10 @@ def shares(q: Tensor, k: Tensor, told: dict[str, Any], mask: Tensor) -> tuple[fl
     settings = {"scale": 1.0, "fill": 0.0, "softcap": 0.0, "zero_masked_rows": False, "rows_see_key": True}
     call = Call(q, k, k, **(given | settings | told))
     length = lambda x: x.stop - x.start  # noqa: E731
-    spans = [length(b.queries) * length(keys) for b in blocks_of(call) for _, keys in b.segments]
+    spans = [rows.pairs for rows in rows_of(call)]
+    left = (rows for rows in rows_of(call) if not rows.ranges)
+    blocks = (block for rows in left for block in blocks_of(call, rows.batch, rows.queries))
+    spans += [length(b.queries) * length(keys) for b in blocks for _, keys in b.segments]
     return sum(spans) / mask.numel(), float(mask.float().mean())
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
+from effopt.backends.band_steps import STEP
 from effopt.backends.base import Lowering, by_operands
 from effopt.backends.block_attention_gradients import backward
 from effopt.backends.key_blocks import Block, Call, allowed_in, block_size, blocks_of, open_in, part_in
@@ -30,12 +31,18 @@ from effopt.target import Target
 
 _UNREACHED = -1e9
 """No score comes near a fill at or below this: what is masked takes no weight from what is not."""
-_BLOCK_S = 4e-5
-"""Seconds that a block takes beside its arithmetic: slices, one call, one copy of the result."""
+_CALL_S = 4e-5
+"""Seconds that a block, or rows that are known, take beside their arithmetic: slices, a call, a copy."""
+_CALLS = 4
+"""Calls of a band: the rows of its beginning, two ranges of the others, and what is left at the end."""
 _STEPWISE = 2.0
 """How much longer soft-cap and sinks take, which the reference computes step by step."""
 _BIASED = 1.5
 """How much longer a bias takes, masked for each block: 1.2 to 1.6 times (t 256 to 2048, 8 heads, 2 cores)."""
+_ROW_KEYS = 100
+"""Keys that could be computed in the time that a row takes in each range, measured for t 128 to 2048."""
+_GUESSED_LENGTH = 256
+"""Tokens of a document, where values tell."""
 _GUESSED_SHARE = 0.5
 """Share of keys that is guessed to be open where values tell: a row of two documents, a cache half full."""
 
@@ -201,9 +208,8 @@ def _supports(target: Target, operands: Operands) -> str | None:
         return "has no dropout"
     if operands["is_causal"] and operands["prefix"] is not None and operands["high"] is not None:
         return "causal, and first keys that a band behind it does not mask: one of the two at a time"
-    stepwise = bool(operands["softcap"]) or operands["sinks"] is not None
     told = any(operands[name] is not None for name in ("low", "high", "query_ids"))
-    if not told and not (operands["is_causal"] and stepwise) and not _is_cache(operands):
+    if not told and not (operands["is_causal"] and _is_stepwise(operands)) and not _is_cache(operands):
         return "no band and no ids are proved: which keys could be left out is not known"
     return _refuses_fill(operands)
 
@@ -228,26 +234,36 @@ def _refuses_fill(operands: Operands) -> str | None:
 
 
 def _cost(target: Target, operands: Operands, result: Any) -> float:
-    """The roofline of what is left in blocks, and a constant for each block."""
-    query, s = operands["query"], hint(operands["key"].shape[-2])
-    t = hint(query.shape[-2])
-    low = -t if operands["low"] is None else hint(operands["low"])
-    high = s if operands["high"] is None else hint(operands["high"])
-    lanes = hint(query.shape[0]) * hint(query.shape[1])
-    size = block_size(t, low, min(high, 0) if operands["is_causal"] else high, lanes)
-    share = min(1.0, band_share(operands) + min(size, t - 1) / max(s, 1))
-    ids = operands["query_ids"]
-    guessed = 1.0 if ids is None and not _is_cache(operands) else _GUESSED_SHARE
-    share *= guessed
-    entries = hint(query.shape[0]) if ids is not None and ids.dim() == 2 else 1
-    stepwise = bool(operands["softcap"]) or operands["sinks"] is not None
-    slower = _STEPWISE if stepwise else _BIASED if operands["bias"] is not None else 1.0
+    """The roofline of the pairs that are computed, and a constant for each call."""
+    s, t = hint(operands["key"].shape[-2]), hint(operands["query"].shape[-2])
+    edge, calls = _edge_and_calls(operands, t, s)
+    guessed = 1.0 if operands["query_ids"] is None and not _is_cache(operands) else _GUESSED_SHARE
+    slower = _STEPWISE if _is_stepwise(operands) else _BIASED if operands["bias"] is not None else 1.0
+    share = band_share(operands) * guessed + edge / max(s, 1)
     work = share * score_flops(operands) * slower
     moved = ops.attention.bytes_moved(operands, result)
     if t == 1:
         moved -= (1.0 - guessed) * tensor_bytes([operands["key"], operands["value"]])
-    blocks = entries * math.ceil(t / size)
-    return max(moved / target.bytes_per_s, work / target.flops_per_s) + blocks * _BLOCK_S
+    return max(moved / target.bytes_per_s, work / target.flops_per_s) + calls * _CALL_S
+
+
+def _edge_and_calls(operands: Operands, t: int, s: int) -> tuple[int, int]:
+    """Keys that a row takes the time of beside those it sees, and calls that take a constant time each."""
+    low = -t if operands["low"] is None else hint(operands["low"])
+    high = s if operands["high"] is None else hint(operands["high"])
+    high = min(high, 0) if operands["is_causal"] else high
+    ids = operands["query_ids"]
+    entries = hint(operands["query"].shape[0]) if ids is not None and ids.dim() == 2 else 1
+    if operands["mask"] is None and operands["bias"] is None and not _is_stepwise(operands) and t > 1:
+        joins = bool(operands["anchors"] or operands["prefix"]) or 0 < high < s
+        edge = _ROW_KEYS * (2 if joins else 1) + (STEP if low > -t else 0)
+        return edge, entries * (_CALLS + (math.ceil(t / _GUESSED_LENGTH) if ids is not None else 0))
+    size = block_size(t, low, high, hint(operands["query"].shape[0]) * hint(operands["query"].shape[1]))
+    return min(size, t - 1), entries * math.ceil(t / size)
+
+
+def _is_stepwise(operands: Operands) -> bool:
+    return bool(operands["softcap"]) or operands["sinks"] is not None
 
 
 LOWERINGS: tuple[Lowering, ...] = (Lowering(ops.attention, "blocks", block_attention, _supports, _cost),)

@@ -102,12 +102,6 @@ def blocks_of(call: Call, batch: slice, rows: slice) -> Iterator[Block]:
         yield Block(batch, queries, keys, anchors)
 
 
-def all_blocks(call: Call) -> Iterator[Block]:
-    """Those of all entries and rows."""
-    for batch in entries_of(call):
-        yield from blocks_of(call, batch, slice(0, call.query.shape[-2]))
-
-
 def _per_entry(call: Call) -> list[tuple[Tensor | None, int]]:
     return [(call.mask, 4), (call.query_ids, 2), (call.key_ids, 2)]
 
@@ -128,7 +122,7 @@ def _narrowed(call: Call, batch: slice, queries: slice, first: int, last: int) -
         rows, keys = _ids(call.query_ids, batch, queries), _ids(call.key_ids, batch, slice(first, last))
         seen = ((keys >= rows.min()) & (keys <= rows.max())).any(0)
     mask = call.mask
-    if mask is not None and _is_over_keys(mask):
+    if mask is not None and is_over_keys(mask):
         open_ = part(mask, batch, queries, slice(first, last)).reshape(-1, last - first).any(0)
         seen = open_ if seen is None else seen & open_
     if seen is None:
@@ -137,7 +131,7 @@ def _narrowed(call: Call, batch: slice, queries: slice, first: int, last: int) -
     return slice(first + int(at[0]), first + int(at[-1]) + 1) if len(at) else slice(first, first)
 
 
-def _is_over_keys(mask: Tensor) -> bool:
+def is_over_keys(mask: Tensor) -> bool:
     """Whether a mask is the same for all queries and differs between keys."""
     return mask.dim() > 0 and mask.shape[-1] > 1 and (mask.dim() == 1 or mask.shape[-2] == 1)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from effopt.backends.attention_parts import DTYPES, flash, flash_backward
 from effopt.backends.band_steps import STEP, band, band_backward
-from effopt.backends.key_blocks import Call, entries_of
+from effopt.backends.key_blocks import Call, entries_of, is_over_keys, part
 
 _FEW = 16
 """Fewer rows than these are not worth a call of their own."""
@@ -114,11 +114,13 @@ def _pairs(kind: Kind, rows: int, keys: int) -> int:
 def _documents(call: Call, batch: slice) -> Iterator[tuple[slice, slice | None]]:
     """Rows, and the keys outside of which they see none; None if that is no range, or not all that masks."""
     t, s = call.query.shape[-2], call.key.shape[-2]
-    if not _has_band_alone(call):
+    if t < _FEW or not _has_bounds_alone(call):
         yield slice(0, t), None
+    elif call.mask is not None:
+        yield slice(0, t), _run_of(part(call.mask, batch, slice(0, t), slice(0, s)))
     elif call.query_ids is None or call.key_ids is None:
         yield slice(0, t), slice(0, s)
-    elif (lengths := _lengths(call.query_ids, call.key_ids, batch)) is None or call.anchors or call.prefix:
+    elif (lengths := _lengths(call.query_ids, call.key_ids, batch)) is None:
         yield slice(0, t), None
     else:
         start = 0
@@ -129,12 +131,24 @@ def _documents(call: Call, batch: slice) -> Iterator[tuple[slice, slice | None]]
                 start += n
 
 
-def _has_band_alone(call: Call) -> bool:
-    """Whether band and ids tell all, in a call that the kernel takes."""
-    query, value = call.query, call.value
-    scored = call.bias is not None or call.mask is not None or call.sinks is not None or bool(call.softcap)
+def _has_bounds_alone(call: Call) -> bool:
+    """Whether band and ids, or band and one range of keys, tell all, in a call that the kernel takes."""
+    query, value, mask = call.query, call.value, call.mask
+    scored = call.bias is not None or call.sinks is not None or bool(call.softcap)
     fits = query.shape[-1] == value.shape[-1] and query.dtype in DTYPES and query.dtype == value.dtype
-    return not scored and fits and query.numel() > 0 and value.numel() > 0
+    if scored or not fits or not query.numel() or not value.numel():
+        return False
+    if call.query_ids is not None:
+        return mask is None and not call.anchors and not call.prefix
+    return mask is None or is_over_keys(mask)
+
+
+def _run_of(seen: Tensor) -> slice | None:
+    """The keys that a mask `[..., s]` leaves open, if they are one range, the same of all heads."""
+    rows = seen.reshape(-1, seen.shape[-1])
+    (at,) = rows[0].nonzero(as_tuple=True)
+    whole = len(at) > 0 and int(at[-1] - at[0]) + 1 == len(at) and bool((rows == rows[0]).all())
+    return slice(int(at[0]), int(at[-1]) + 1) if whole else None
 
 
 def _lengths(query_ids: Tensor, key_ids: Tensor, batch: slice) -> list[int] | None:

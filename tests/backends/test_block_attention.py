@@ -14,7 +14,7 @@ from torch import Tensor
 from effopt.backends import band_steps, key_blocks, known_rows
 from effopt.backends.base import choose
 from effopt.backends.block_attention import LOWERINGS, block_attention
-from effopt.backends.key_blocks import Call, all_blocks
+from effopt.backends.key_blocks import Call, blocks_of, entries_of
 from effopt.backends.native import LOWERINGS as NATIVE
 from effopt.backends.reference import reference_lowering
 from effopt.graph import ops
@@ -183,7 +183,8 @@ def computed(t: int, s: int, **kwargs: Any) -> float:
         "softcap": 0.0,
         **given,
     }
-    found = list(all_blocks(Call(q, k, v, **given, zero_masked_rows=False, rows_see_key=False)))
+    call = Call(q, k, v, **given, zero_masked_rows=False, rows_see_key=False)
+    found = [block for entry in entries_of(call) for block in blocks_of(call, entry, slice(0, t))]
     length = lambda x: x.stop - x.start  # noqa: E731
     pairs = [length(x.batch) * length(x.queries) * length(keys) for x in found for _, keys in x.segments]
     return sum(pairs) / (B * t * s)
