@@ -73,8 +73,10 @@ def tile_for(rows: int, head: int, dtype: torch.dtype, dense: bool, shared: bool
     warps = 8 if fits == 128 or (dense and fits > 16) else 4
     roomy = shared and fits >= 64 and not dense
     narrow = dense or (wide == 128 and fits > 16 and not roomy)
-    # Registers let one program of 128 rows onto a multiprocessor: nothing else hides how long loads take.
-    return AttentionTile(fits, 32 if narrow else 64, warps, 3 if roomy and fits == 128 else 2)
+    # Registers let one program of 128 rows onto a multiprocessor: nothing else hides how long loads take. Of
+    # few rows they let three, at 138 a thread on sm_90, and the keys of two more steps of each fit, 210 KiB.
+    ahead = (roomy and fits == 128) or (shared and fits == 16 and not dense and wide <= 128)
+    return AttentionTile(fits, 32 if narrow else 64, warps, 3 if ahead else 2)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def block_sparse_attention_kernel(
     PARTS: tl.constexpr = BLOCK // ROWS
     STEPS: tl.constexpr = BLOCK // KEYS
     tiles = rows * PARTS
-    i_tile, _, i_line = place_of_program(tiles, 1, span)
+    i_tile, _part, i_line = place_of_program(tiles, 1, span)
     i_tile, i_line = tiles - 1 - i_tile, i_line.to(tl.int64)
     i_b, i_head = i_line // heads, i_line % heads
     o_t = i_tile * ROWS + tl.arange(0, ROWS)

@@ -79,7 +79,7 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """The gradient of one tile of rows, over the keys that they see."""
     tiles = tl.cdiv(t * group, ROWS)
-    i_tile, _, i_line = place_of_program(tiles, 1, span)
+    i_tile, _part, i_line = place_of_program(tiles, 1, span)
     i_tile = tiles - 1 - i_tile
     i_b, i_hkv = (i_line // hkv).to(tl.int64), (i_line % hkv).to(tl.int64)
     o_row = i_tile * ROWS + tl.arange(0, ROWS)

@@ -40,7 +40,7 @@ def key_gradient_kernel(
     """The gradients of one tile of keys and their values, over the rows of all heads that see them."""
     tiles = tl.cdiv(s, KEYS)
     # The first keys first: under causality most rows see them.
-    i_s, _, i_line = place_of_program(tiles, 1, span)
+    i_s, _part, i_line = place_of_program(tiles, 1, span)
     i_b, i_hkv = (i_line // hkv).to(tl.int64), (i_line % hkv).to(tl.int64)
     o_s = i_s * KEYS + tl.arange(0, KEYS)
     m_s = o_s < s

@@ -156,6 +156,7 @@ def paged_case(dtype: str, queries: int, head: int, page: int, parts: bool = Tru
     options = paged_attention.options(query, pages, pages, 0.125, 0.0)
     options |= {"DOT": tl.bfloat16 if dtype == "bf16" else tl.float32}
     options |= {"types": {"p_out": "*fp32"}} if parts else {"p_peak": None, "p_total": None}
+    options |= {"shared": paged_attention.tile_of(query, pages, pages, shared=True).options()}
     name = f"attention-pages of {page}-{dtype}-{8 * queries}x{head}"
     return name, paged_attention.paged_attention_kernel, dtype, options
 
