@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effopt.backends.base import Lowering
-from effopt.backends.triton.attention_refusals import call_refusal
+from effopt.backends.triton.attention_refusals import call_refusal, evenly
 from effopt.backends.triton.attention_scores import exponential, load_lines, place_of_program, scale_scores
 from effopt.backends.triton.attention_tiles import CACHED_BYTES, LOG2_E, PROGRAMS, UNMEASURED, tile_for
 from effopt.backends.triton.rows import LAUNCH_S, launch, multiplied_in, refusal
@@ -186,6 +186,7 @@ def _forward(
     zero_masked_rows: bool,
 ) -> tuple[Tensor, Tensor]:
     """The result, and which rows see a key; the others hold 0, or NaN without `zero_masked_rows`."""
+    query, key, value = map(evenly, (query, key, value))
     b, h, t, _ = query.shape
     s = key.shape[2]
     rows, columns = blocks_in(t, block), blocks_in(s, block)
