@@ -4,6 +4,7 @@
     python benchmarks/attention.py --write docs/attention.md --sizes 2048 8192 --head-sizes 64 --from FILE
     python benchmarks/attention.py --section block-sparse    # in block_sparse_section.py; --device cuda
     python benchmarks/attention.py --section linear          # in linear_section.py
+    python benchmarks/attention.py --section prefill --device cuda    # in prefill_section.py; and decode
 
 Prefill, causal, windowed (with anchors too), with a prefix, chunked and packed (documents in a row, limits as
 values), t from 1k to 8k; and a decode step, one query over a static cache of t keys, a quarter written.
@@ -26,10 +27,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import block_sparse_section
-import linear_section
+import sections
 import torch
 from page import fill
+from sections import about
 from timing import ceilings, medians
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,8 +50,6 @@ KINDS = (
     *("chunks 512", "documents 512", "decode"),
 )
 SECTION = "<!-- written by benchmarks/attention.py -->"
-OTHERS = {"block-sparse": block_sparse_section, "linear": linear_section}
-"""Sections with shapes, versions and a table of their own."""
 
 
 @dataclass(frozen=True)
@@ -194,64 +193,26 @@ def table(measurements: list[dict[str, Any]], heading: str) -> str:
     return f"{heading}\n\n{head}" + "\n".join(rows)
 
 
-def run_section(arguments: argparse.Namespace) -> None:
-    """Measure, print and keep one of the other sections."""
-    section, device = OTHERS[arguments.section], torch.device(arguments.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    most, rows = ceilings(device, dtype), []
-    _, about_fla = linear_section.fla_or_why(device)
-    with torch.no_grad():
-        for t in arguments.sizes or section.SIZES[device.type]:
-            for d in arguments.head_sizes or section.HEAD_SIZES:
-                rows += section.measure(t, d, device, dtype, arguments.rounds, most)
-                print(section.table(rows).splitlines()[-1], flush=True)
-    found = {
-        "machine": machine(),
-        "ceilings": {"matmul_flops_per_s": most[0], "copy_bytes_per_s": most[1]},
-        "dtype": str(dtype).removeprefix("torch."),
-        "heads": section.HEADS,
-        "rounds": arguments.rounds,
-        **({"fla": about_fla} if arguments.section == "linear" else {}),
-        "measurements": rows,
-    }
-    text = f"{about(found)}{f' {about_fla}.' if 'fla' in found else ''}\n\n{section.table(rows)}"
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if arguments.write:
-        fill(arguments.write, section.SECTION, text)
-
-
-def about(found: dict[str, Any]) -> str:
-    """What was measured on."""
-    text = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if value)
-    text += f"; {found.get('dtype', 'float32')}, batch 1, {found['heads']} heads,"
-    text += f" median of {found['rounds']} rounds. Ceilings:"
-    text += f" {found['ceilings']['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s,"
-    return text + f" {found['ceilings']['copy_bytes_per_s'] / 1e9:.1f} GB/s."
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--section", choices=("masks", *OTHERS), default="masks")
+    parser.add_argument("--section", choices=("masks", *sections.SECTIONS), default="masks")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", type=int, nargs="+", help="tokens; each section has its own")
     parser.add_argument("--head-sizes", type=int, nargs="+")
     parser.add_argument("--kinds", nargs="+", default=KINDS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, help="begin no further shape after so long; not for masks")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too; compiles once a row")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--from", type=Path, dest="source", help="take the numbers of an earlier --json")
     parser.add_argument("--write", type=Path, help="a page whose table is replaced")
     arguments = parser.parse_args()
-    if arguments.section in OTHERS:
+    if arguments.section in sections.SECTIONS:
         if arguments.source:
             parser.error("--from is for section masks")
-        run_section(arguments)
+        sections.run(arguments)
         return
     arguments.sizes, arguments.head_sizes = arguments.sizes or SIZES, arguments.head_sizes or HEAD_SIZES
     if arguments.source:

@@ -1,8 +1,13 @@
-"""What the programs beside this one time with: a clock, versions in turn, and what the machine reaches."""
+"""What the programs beside this one time with: a clock, versions in turn, and what the machine reaches.
+
+On a GPU a call is captured in a CUDA graph where it can be, so that its launches from Python are not what is
+timed, and runs between two events, after its cache was emptied: the device alone.
+"""
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,8 +32,10 @@ def medians(
         calls: versions by name.
         device: they run on it.
         rounds: times that each is timed.
-        again: calls each time, for those that are short beside the clock.
+        again: calls each time, for those that are short beside the clock. Of no use on a GPU.
     """
+    if device.type == "cuda":
+        return _medians_of_device(calls, device, rounds)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -39,18 +46,67 @@ def medians(
     return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
-def ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """What this machine reaches: FLOP/s of a matrix product, bytes/s read and written by a copy of 256 MB."""
-    size = 2048 if device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    source = torch.randn(1 << 26, device=device)
-    into = torch.empty_like(source)
-    found = []
-    for call, work in ((lambda: a @ a, 2.0 * size**3), (lambda: into.copy_(source), 2.0 * 4 * (1 << 26))):
-        seconds = []
-        for _ in range(4):
-            start = clock(device)
+FLUSHED_BYTES = 2**28
+"""Written before each call on a GPU: longer than any L2, and long enough for the host to run ahead."""
+
+
+def _medians_of_device(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int
+) -> dict[str, float]:
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+    runs = {name: captured(name, call) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flushed.zero_()
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times[name].append(1e-3 * begin.elapsed_time(end))
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
+def captured(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph that is replayed; where it cannot be captured itself, and a word on stderr."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):
             call()
-            seconds.append(clock(device) - start)
-        found.append(work / min(seconds[1:]))
-    return found[0], found[1]
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        why = str(error).partition("\n")[0]
+        print(f"{name}: timed with its launches, for it was not captured: {why}", file=sys.stderr)
+        return call
+    return graph.replay
+
+
+def ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """What this machine reaches: FLOP/s of a matrix product, bytes/s read and written by a copy."""
+    size = 2048 if device.type == "cpu" else 8192
+    # Beside 256 MB a GPU's start is long; 1 GiB is what benchmarks/kernels.py copies.
+    count = 1 << 26 if device.type == "cpu" else 1 << 28
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    source = torch.randn(count, device=device)
+    into = torch.empty_like(source)
+    calls = {"product": lambda: a @ a, "copy": lambda: into.copy_(source)}
+    work = {"product": 2.0 * size**3, "copy": 2.0 * source.nbytes}
+    if device.type == "cuda":
+        seconds = _medians_of_device(calls, device, rounds=20)
+    else:
+        seconds = {}
+        for name, call in calls.items():
+            taken = []
+            for _ in range(4):
+                start = clock(device)
+                call()
+                taken.append(clock(device) - start)
+            seconds[name] = min(taken[1:])
+    return work["product"] / seconds["product"], work["copy"] / seconds["copy"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from effopt.target import Target
 
 MAX_HEAD_SIZE = 256
 """Longest head that tiles are cut for; a program holds whole heads."""
+COPIED_ROWS = 64
+"""Rows (queries, and heads of a group) from which on operands are copied to lie evenly. A decode step reads
+its keys once: a copy would take longer."""
 Comparison = Callable[[Any, Any], bool]
 
 
@@ -56,7 +60,24 @@ def checked(*given: Any) -> AttentionCall:
     reason = call_refusal({**vars(call), "dropout_p": 0.0})
     if reason is not None:
         raise ValueError(reason)
-    return call
+    _, _, group, t, _ = call.sizes
+    if t * group < COPIED_ROWS:
+        return call
+    return replace(call, query=evenly(call.query), key=evenly(call.key), value=evenly(call.value))
+
+
+def evenly(x: Tensor) -> Tensor:
+    """`x`, or a copy of it if its lines are not next to each other, or do not begin at multiples of 16 bytes.
+
+    Such keys go through registers, where prefill on sm_90 spills 328 to 432 bytes a thread of them; in a copy
+    they are loaded ahead, and every tile of rows reads them. Lines of a length that 16 bytes do not divide
+    are as uneven in a copy.
+    """
+    size = x.element_size()
+    steps = [stride * size for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1][:-1]
+    uneven = x.shape[-1] * size % 16 == 0 and any(begin % 16 for begin in (x.data_ptr(), *steps))
+    gaps = x.shape[-1] > 1 and x.stride(-1) != 1
+    return x.clone(memory_format=torch.contiguous_format) if gaps or uneven else x
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -5,6 +5,15 @@ import triton.language as tl
 
 
 @triton.jit
+def place_of_program(tiles, parts, span):
+    """Tile, part and line of a program. So many lines take turns: first with tile 0 of each, then tile 1."""
+    i_first = tl.program_id(0) // (span * tiles * parts) * span
+    i = tl.program_id(0) - i_first * tiles * parts
+    turns = tl.minimum(span, tl.num_programs(0) // (tiles * parts) - i_first)
+    return (i // turns) % tiles, i // (turns * tiles), i_first + i % turns
+
+
+@triton.jit
 def load_lines(p_line, o_column, m_line, line_stride, LENGTH: tl.constexpr, ALL_LINES: tl.constexpr):
     """`[lines, columns]` at pointers to lines, 0 beyond LENGTH columns; ALL_LINES: no line is masked."""
     BLOCK: tl.constexpr = o_column.shape[0]

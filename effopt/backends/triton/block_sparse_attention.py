@@ -2,8 +2,9 @@
 
 A program holds a tile of queries of one head, walks over the blocks of keys that are selected for them, in
 tiles, and keeps of each row the greatest score so far, the sum of its weights and the weighted sum of values.
-What is not selected is never loaded. Blocks are listed in ascending order, so only the last one of a list can
-have an edge: the queries' own block under causality, or the ragged last one. The others compare no indices.
+What is not selected is never loaded. A first kernel lists the blocks of each row in ascending order, in one
+pass over their bools. So only the last one of a list can have an edge: the queries' own block under
+causality, or the ragged last one. The others compare no indices.
 
 Reads query once, and the selected keys and values once for each tile of queries. Accumulates in float32.
 
@@ -22,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from effopt.backends.base import Lowering
-from effopt.backends.triton.attention_refusals import call_refusal
-from effopt.backends.triton.attention_scores import exponential, load_lines, scale_scores
-from effopt.backends.triton.attention_tiles import LOG2_E, PROGRAMS, UNMEASURED, tile_for
+from effopt.backends.triton.attention_refusals import call_refusal, evenly
+from effopt.backends.triton.attention_scores import exponential, load_lines, place_of_program, scale_scores
+from effopt.backends.triton.attention_tiles import CACHED_BYTES, LOG2_E, PROGRAMS, UNMEASURED, tile_for
 from effopt.backends.triton.rows import LAUNCH_S, launch, multiplied_in, refusal
 from effopt.graph import ops
 from effopt.graph.ops.attention import OPTIONS
@@ -32,21 +33,44 @@ from effopt.graph.ops.base import Operands, hint
 from effopt.graph.ops.block_sparse_attention import blocks_in, mean_of_values
 from effopt.target import Target, reads_shared_memory
 
+LISTED = 1024
+"""Bools of a row that a program of the first kernel looks at in a step."""
 
-@triton.jit(do_not_specialize=["t", "s", "rows", "columns"])
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def list_blocks_kernel(
+    p_blocks, p_index, p_count, blocks_strides, heads, rows, columns, CAUSAL: tl.constexpr, STEP: tl.constexpr
+):
+    """Selected columns of one row in ascending order, and how many; what is behind them is not written."""
+    i_block, i_line = tl.program_id(0) % rows, (tl.program_id(0) // rows).to(tl.int64)
+    p_blocks += (i_line // heads) * blocks_strides[0] + (i_line % heads) * blocks_strides[1]
+    p_blocks += i_block.to(tl.int64) * blocks_strides[2]
+    p_index += (i_line * rows + i_block) * columns
+    stop = tl.minimum(columns, i_block + 1) if CAUSAL else columns
+    count = 0
+    for first in tl.range(0, stop, STEP):
+        o_column = first + tl.arange(0, STEP)
+        p_column = p_blocks + o_column.to(tl.int64) * blocks_strides[3]
+        b_open = (tl.load(p_column, mask=o_column < stop, other=0) != 0).to(tl.int32)
+        tl.store(p_index + count + tl.cumsum(b_open, axis=0) - 1, o_column, mask=b_open != 0)
+        count += tl.sum(b_open, axis=0)
+    tl.store(p_count + i_line * rows + i_block, count)
+
+
+@triton.jit(do_not_specialize=["t", "s", "rows", "columns", "span"])
 def block_sparse_attention_kernel(
     p_query, p_key, p_value, p_mask, p_index, p_count, p_out, p_seen,
-    query_strides, key_strides, value_strides, mask_stride, heads, group, t, s, rows, columns,
+    query_strides, key_strides, value_strides, mask_stride, heads, group, t, s, rows, columns, span,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr,
-    HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DOT: tl.constexpr,
+    ZERO_ROWS: tl.constexpr, HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """A tile of ROWS queries of one head over the blocks of keys selected for the block that holds it."""
     PARTS: tl.constexpr = BLOCK // ROWS
     STEPS: tl.constexpr = BLOCK // KEYS
     tiles = rows * PARTS
-    i_tile = tiles - 1 - tl.program_id(0) % tiles
-    i_line = (tl.program_id(0) // tiles).to(tl.int64)
+    i_tile, _part, i_line = place_of_program(tiles, 1, span)
+    i_tile, i_line = tiles - 1 - i_tile, i_line.to(tl.int64)
     i_b, i_head = i_line // heads, i_line % heads
     o_t = i_tile * ROWS + tl.arange(0, ROWS)
     m_row = o_t < t
@@ -97,6 +121,8 @@ def block_sparse_attention_kernel(
     o_line = i_line * t + o_t
     tl.store(p_seen + o_line, (b_peak != float("-inf")).to(tl.int8), mask=m_row)
     b_sum = b_sum / tl.where(b_total == 0.0, 1.0, b_total)[:, None]
+    if not ZERO_ROWS:
+        b_sum = tl.where((b_total == 0.0)[:, None], float("nan"), b_sum)
     m_out = m_row[:, None] & (o_dv < VALUE_HEAD)[None, :]
     tl.store(
         p_out + o_line[:, None] * VALUE_HEAD + o_dv[None, :], b_sum.to(p_out.dtype.element_ty), mask=m_out
@@ -104,10 +130,20 @@ def block_sparse_attention_kernel(
 
 
 def listed(blocks: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """Selected columns of each row in ascending order, then the others; and how many: int32."""
-    blocks = blocks.tril() if is_causal else blocks
-    order = torch.sort((~blocks).to(torch.int8), dim=-1, stable=True).indices
-    return order.to(torch.int32).contiguous(), blocks.sum(-1, dtype=torch.int32).contiguous()
+    """Selected columns of each row in ascending order, the rest unwritten; and how many: int32."""
+    b, h, rows, columns = blocks.shape
+    index = torch.empty((b, h, rows, columns), dtype=torch.int32, device=blocks.device)
+    count = torch.empty((b, h, rows), dtype=torch.int32, device=blocks.device)
+    step = max(16, min(LISTED, triton.next_power_of_2(columns)))
+    launch(
+        list_blocks_kernel,
+        b * h * rows,
+        blocks,
+        *(blocks.view(torch.uint8), index, count, blocks.stride(), h, rows, columns),
+        CAUSAL=is_causal,
+        STEP=step,
+    )
+    return index, count
 
 
 def options(query: Tensor, value: Tensor, block: int, scale: float, softcap: float) -> dict[str, Any]:
@@ -135,7 +171,7 @@ def options(query: Tensor, value: Tensor, block: int, scale: float, softcap: flo
     "effopt_triton::block_sparse_attention",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor blocks, int block, float scale, bool is_causal,"
-    " float softcap, Tensor? key_mask) -> (Tensor, Tensor)",
+    " float softcap, Tensor? key_mask, bool zero_masked_rows) -> (Tensor, Tensor)",
 )
 def _forward(
     query: Tensor,
@@ -147,7 +183,10 @@ def _forward(
     is_causal: bool,
     softcap: float,
     key_mask: Tensor | None,
+    zero_masked_rows: bool,
 ) -> tuple[Tensor, Tensor]:
+    """The result, and which rows see a key; the others hold 0, or NaN without `zero_masked_rows`."""
+    query, key, value = map(evenly, (query, key, value))
     b, h, t, _ = query.shape
     s = key.shape[2]
     rows, columns = blocks_in(t, block), blocks_in(s, block)
@@ -162,11 +201,18 @@ def _forward(
         out,
         *(query, key, value, mask, order, counts, out, seen),
         *(x.stride() for x in (query, key, value)),
-        *(s, h, h // key.shape[1], t, s, rows, columns),
+        *(s, h, h // key.shape[1], t, s, rows, columns, _heads_in_turn(key, value, b * h, is_causal)),
         CAUSAL=is_causal,
+        ZERO_ROWS=zero_masked_rows,
         **made,
     )
     return out, seen
+
+
+def _heads_in_turn(key: Tensor, value: Tensor, lines: int, is_causal: bool) -> int:
+    """Heads whose tiles take turns: as `AttentionCall.lines_in_turn`, for later rows have more to select."""
+    read_bytes = key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
+    return max(1, min(lines, CACHED_BYTES // max(1, read_bytes))) if is_causal else 1
 
 
 @_forward.register_fake
@@ -205,11 +251,11 @@ def block_sparse_attention(
     reason = _call_refusal({"query": query, "key": key, "value": value, "block": block})
     if reason is not None:
         raise ValueError(reason)
-    out, seen = _forward(query, key, value, blocks, block, scale, is_causal, softcap, key_mask)
-    if masked_rows == "zero":
+    zeros = masked_rows != "nan"
+    out, seen = _forward(query, key, value, blocks, block, scale, is_causal, softcap, key_mask, zeros)
+    if masked_rows != "mean":
         return out
-    other = mean_of_values(value, query.shape[1]) if masked_rows == "mean" else math.nan
-    return torch.where(seen.bool().unsqueeze(-1), out, other)
+    return torch.where(seen.bool().unsqueeze(-1), out, mean_of_values(value, query.shape[1]))
 
 
 def _supports(target: Target, operands: Operands) -> str | None:

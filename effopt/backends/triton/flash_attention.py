@@ -30,6 +30,7 @@ from effopt.backends.triton.attention_scores import (
     kept_block,
     key_tiles,
     load_lines,
+    place_of_program,
     score_block,
 )
 from effopt.backends.triton.attention_tiles import AttentionCall, attention_cost, row_tiles
@@ -49,11 +50,11 @@ TRAINING_SCHEMA = SCHEMA.replace(") ->", ", float dropout_p, Tensor? seed) ->").
 
 
 # What changes from step to step of a decode compiles nothing anew.
-@triton.jit(do_not_specialize=["t", "s", "low", "high", "anchors", "prefix", "parts"])
+@triton.jit(do_not_specialize=["t", "s", "low", "high", "anchors", "prefix", "parts", "span"])
 def attention_kernel(
     p_query, p_key, p_value, p_bias, p_mask, p_sinks, p_query_ids, p_key_ids, p_seed, p_out, p_lse, p_peak,
     p_total, p_redo, query_strides, key_strides, value_strides, bias_strides, mask_strides, query_ids_stride,
-    key_ids_stride, sink_stride, hkv, group, t, s, low, high, anchors, prefix, parts,
+    key_ids_stride, sink_stride, hkv, group, t, s, low, high, anchors, prefix, parts, span,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr, FILL: tl.constexpr,
     HIDES: tl.constexpr, CAUSAL: tl.constexpr, MASK_OVER_KEYS: tl.constexpr, ANCHORS: tl.constexpr,
     PREFIX: tl.constexpr, ZERO_ROWS: tl.constexpr, DROPOUT: tl.constexpr, HEAD: tl.constexpr,
@@ -68,9 +69,8 @@ def attention_kernel(
     """
     tiles = tl.cdiv(t * group, ROWS)
     # The last queries first: under causality they see most keys, and should not begin when all others end.
-    i_tile = tiles - 1 - tl.program_id(0) % tiles
-    i_split = (tl.program_id(0) // tiles) % parts
-    i_line = tl.program_id(0) // (tiles * parts)
+    i_tile, i_split, i_line = place_of_program(tiles, parts, span)
+    i_tile = tiles - 1 - i_tile
     i_b, i_hkv = (i_line // hkv).to(tl.int64), (i_line % hkv).to(tl.int64)
     o_row = i_tile * ROWS + tl.arange(0, ROWS)
     m_row = o_row < t * group
@@ -201,7 +201,7 @@ def attend(
         parts * call.row_tiles,
         out,
         *(*call.tensors(), seed, out, lse, peak, total, redo),
-        *(*call.numbers(), parts),
+        *(*call.numbers(), parts, call.lines_in_turn(call.key.shape[2]) if parts == 1 else 1),
         **call.options(),
         ZERO_ROWS=call.zero_masked_rows,
         DROPOUT=dropout_p,

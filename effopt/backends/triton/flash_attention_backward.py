@@ -28,7 +28,7 @@ from effopt.backends.triton.attention_gradients import (
     row_sums,
 )
 from effopt.backends.triton.attention_refusals import checked
-from effopt.backends.triton.attention_scores import key_tiles, load_lines, score_block
+from effopt.backends.triton.attention_scores import key_tiles, load_lines, place_of_program, score_block
 from effopt.backends.triton.attention_tiles import AttentionCall
 from effopt.backends.triton.flash_attention_bias_gradient import bias_gradient
 from effopt.backends.triton.flash_attention_key_gradient import key_gradient
@@ -66,11 +66,11 @@ def delta_kernel(
     tl.store(p_delta + o_row, b_delta, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["t", "s", "low", "high", "anchors", "prefix"])
+@triton.jit(do_not_specialize=["t", "s", "low", "high", "anchors", "prefix", "span"])
 def query_gradient_kernel(
     p_query, p_key, p_value, p_bias, p_mask, p_query_ids, p_key_ids, p_seed, p_grad, p_peak, p_total, p_delta,
     p_dquery, query_strides, key_strides, value_strides, bias_strides, mask_strides, query_ids_stride,
-    key_ids_stride, grad_strides, hkv, group, t, s, low, high, anchors, prefix,
+    key_ids_stride, grad_strides, hkv, group, t, s, low, high, anchors, prefix, span,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr, FILL: tl.constexpr,
     HIDES: tl.constexpr, CAUSAL: tl.constexpr, MASK_OVER_KEYS: tl.constexpr, ANCHORS: tl.constexpr,
     PREFIX: tl.constexpr, ZERO_ROWS: tl.constexpr, DROPOUT: tl.constexpr, HEAD: tl.constexpr,
@@ -79,7 +79,8 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """The gradient of one tile of rows, over the keys that they see."""
     tiles = tl.cdiv(t * group, ROWS)
-    i_tile, i_line = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    i_tile, _part, i_line = place_of_program(tiles, 1, span)
+    i_tile = tiles - 1 - i_tile
     i_b, i_hkv = (i_line // hkv).to(tl.int64), (i_line % hkv).to(tl.int64)
     o_row = i_tile * ROWS + tl.arange(0, ROWS)
     m_row = o_row < t * group
@@ -202,7 +203,8 @@ def _backward(
     options = {of: _options(call, of, dropout_p) for of in ("query", "key", "bias")}
     if needs[0]:
         programs = b * hkv * triton.cdiv(t * group, options["query"]["ROWS"])
-        launch(query_gradient_kernel, programs, query, *read, made[0], *numbers, **options["query"])
+        span = call.lines_in_turn(key.shape[2])
+        launch(query_gradient_kernel, programs, query, *read, made[0], *numbers, span, **options["query"])
     if needs[1]:
         key_gradient(call, total, made[1], made[2], read, numbers, options["key"])
     if needs[3] and bias is not None:

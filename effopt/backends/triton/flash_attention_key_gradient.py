@@ -21,16 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from effopt.backends.triton.attention_gradients import gradient_block, row_sums, row_tiles_of_keys
-from effopt.backends.triton.attention_scores import load_lines, score_block
+from effopt.backends.triton.attention_scores import load_lines, place_of_program, score_block
 from effopt.backends.triton.attention_tiles import AttentionCall
 from effopt.backends.triton.rows import launch
 
 
-@triton.jit(do_not_specialize=["t", "s", "low", "high", "anchors", "prefix"])
+@triton.jit(do_not_specialize=["t", "s", "low", "high", "anchors", "prefix", "span"])
 def key_gradient_kernel(
     p_query, p_key, p_value, p_bias, p_mask, p_query_ids, p_key_ids, p_seed, p_grad, p_peak, p_total, p_delta,
     p_spoiled, p_dkey, p_dvalue, query_strides, key_strides, value_strides, bias_strides, mask_strides,
-    query_ids_stride, key_ids_stride, grad_strides, hkv, group, t, s, low, high, anchors, prefix,
+    query_ids_stride, key_ids_stride, grad_strides, hkv, group, t, s, low, high, anchors, prefix, span,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr, FILL: tl.constexpr,
     HIDES: tl.constexpr, CAUSAL: tl.constexpr, MASK_OVER_KEYS: tl.constexpr, ANCHORS: tl.constexpr,
     PREFIX: tl.constexpr, ZERO_ROWS: tl.constexpr, DROPOUT: tl.constexpr, HEAD: tl.constexpr,
@@ -39,7 +39,8 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """The gradients of one tile of keys and their values, over the rows of all heads that see them."""
     tiles = tl.cdiv(s, KEYS)
-    i_s, i_line = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    # The first keys first: under causality most rows see them.
+    i_s, _part, i_line = place_of_program(tiles, 1, span)
     i_b, i_hkv = (i_line // hkv).to(tl.int64), (i_line % hkv).to(tl.int64)
     o_s = i_s * KEYS + tl.arange(0, KEYS)
     m_s = o_s < s
@@ -122,11 +123,12 @@ def key_gradient(
     options: dict[str, Any],
 ) -> None:
     """Write the gradients of keys and values of a call, contiguous, to `into_key` and `into_value`."""
-    b, hkv, _, _, s = call.sizes
+    b, hkv, group, t, s = call.sizes
     launch(
         key_gradient_kernel,
         b * hkv * triton.cdiv(s, options["KEYS"]),
         call.query,
         *(*read, _spoiled(call, total), into_key, into_value, *numbers),
+        call.lines_in_turn(t * group),
         **options,
     )

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from effopt.backends.triton.attention_scores import load_lines
 from effopt.backends.triton.linear_attention_call import (
-    CHUNK_VALUES,
     STAGES,
     STATE_STAGES,
     STATE_VALUES,
@@ -191,7 +190,7 @@ def run_chunks(
     """Launch the kernel that takes all chunks side by side; `out` is contiguous."""
     if call.by_channel:
         return run_channel_chunks(call, operands, states, out, reverse)
-    columns = call.columns(CHUNK_VALUES)
+    columns = call.chunk_columns
     launch(
         chunk_kernel,
         call.programs(columns) * call.chunks,

@@ -15,6 +15,7 @@ Not measured on a GPU yet.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,8 +38,11 @@ from effopt.backends.triton.rows import LAUNCH_S, check_floating, launch, multip
 from effopt.graph import ops
 from effopt.graph.ops.base import Operands, hint
 from effopt.graph.ops.paged_attention import call_problem, held_share
-from effopt.target import Target
+from effopt.target import Target, reads_shared_memory
 
+LOOKED_UP_STAGES = 5
+"""Of few rows, where shared memory has room. Keys are loaded after the number of their page, and Triton 3.9
+loads those of the next step ahead from five stages on; with fewer only the number is."""
 _FLOATING, _INTEGERS = ("query", "key_pages", "value_pages"), ("page_table", "lengths")
 
 
@@ -125,11 +129,12 @@ def paged_attention_kernel(
     )
 
 
-def tile_of(query: Tensor, key_pages: Tensor, value_pages: Tensor) -> AttentionTile:
-    """The tile of a call, at the hints of symbolic sizes."""
+def tile_of(query: Tensor, key_pages: Tensor, value_pages: Tensor, shared: bool = False) -> AttentionTile:
+    """The tile of a call, at the hints of symbolic sizes; `shared` as of `tile_for`."""
     group = hint(query.shape[1]) // max(1, hint(key_pages.shape[1]))
     head = max(hint(query.shape[-1]), hint(value_pages.shape[-1]))
-    return tile_for(hint(query.shape[2]) * group, head, query.dtype, dense=False)
+    tile = tile_for(hint(query.shape[2]) * group, head, query.dtype, dense=False, shared=shared)
+    return replace(tile, stages=LOOKED_UP_STAGES) if shared and tile.rows == 16 and tile.stages > 1 else tile
 
 
 def options(
@@ -147,7 +152,7 @@ def options(
         "BLOCK_D": triton.next_power_of_2(max(16, d)),
         "BLOCK_DV": triton.next_power_of_2(max(16, dv)),
         "DOT": multiplied_in(query),
-        **tile_of(query, key_pages, value_pages).options(),
+        **tile_of(query, key_pages, value_pages, reads_shared_memory(query.device)).options(),
     }
 
 

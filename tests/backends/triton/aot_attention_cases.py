@@ -136,13 +136,16 @@ def block_sparse_cases() -> Iterator[Case]:
     for dtype, block, mask in (("bf16", 128, False), ("fp32", 64, True)):
         x = torch.empty(1, 1, 1, 128, dtype=DTYPES[dtype], device="meta")
         options = block_sparse_attention.options(x, x, block, 0.125, 0.0) | {"CAUSAL": True}
-        options |= {} if mask else {"p_mask": None}
+        options |= {"ZERO_ROWS": mask} | ({} if mask else {"p_mask": None})
         options |= {"types": {"p_index": "*i32", "p_count": "*i32", "p_seen": "*i8"}}
         tile = attention_tiles.tile_for(block, 128, DTYPES[dtype], dense=False, shared=True)
         cut = {"ROWS": min(block, tile.rows), "KEYS": min(block, tile.keys)}
         options |= {"shared": tile.options() | cut}
         kernel = block_sparse_attention.block_sparse_attention_kernel
         yield f"attention-blocks of {block}-{dtype}", kernel, dtype, options
+    lists = {"CAUSAL": True, "STEP": block_sparse_attention.LISTED}
+    lists |= {"types": {"p_blocks": "*u8", "p_index": "*i32", "p_count": "*i32"}}
+    yield "attention-list of blocks", block_sparse_attention.list_blocks_kernel, "bf16", lists
 
 
 def paged_case(dtype: str, queries: int, head: int, page: int, parts: bool = True) -> Case:
@@ -153,6 +156,7 @@ def paged_case(dtype: str, queries: int, head: int, page: int, parts: bool = Tru
     options = paged_attention.options(query, pages, pages, 0.125, 0.0)
     options |= {"DOT": tl.bfloat16 if dtype == "bf16" else tl.float32}
     options |= {"types": {"p_out": "*fp32"}} if parts else {"p_peak": None, "p_total": None}
+    options |= {"shared": paged_attention.tile_of(query, pages, pages, shared=True).options()}
     name = f"attention-pages of {page}-{dtype}-{8 * queries}x{head}"
     return name, paged_attention.paged_attention_kernel, dtype, options
 

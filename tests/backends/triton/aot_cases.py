@@ -134,25 +134,36 @@ def scan_cases() -> Iterator[Case]:
         )
 
 
-def linear_attention_cases() -> Iterator[Case]:
-    """The heaviest: decay of each token, heads of 128; and float32, summed without matrix units."""
+def token_decay_cases(dtype: str, head: int) -> Iterator[Case]:
+    """Decay of each token, through the two kernels of both passes, and that of the other gradients."""
     forward, backward, call = linear_attention, linear_attention_backward, linear_attention_call
-    for dtype, head in (("bf16", 128), ("fp32", 64)):
-        wide = tl.bfloat16 if dtype == "bf16" else tl.float32
-        options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "DOT": wide, "WIDE": wide}
-        options |= {"CHUNK": call.chunk_for(DTYPES[dtype], by_channel=False), "BY_CHANNEL": False}
-        options |= {"num_warps": call.WARPS, "num_stages": call.STAGES}
-        states = {"BLOCK_DV": call.columns_for(call.STATE_VALUES, DTYPES[dtype], head)}
-        states |= {"num_stages": call.STATE_STAGES, "types": {"p_states": f"*{dtype}"}}
-        chunks = {"BLOCK_DV": call.columns_for(call.CHUNK_VALUES, DTYPES[dtype], head)}
-        chunks |= {"types": states["types"]}
-        for reverse in (False, True):
-            own, tail = {"REVERSE": reverse}, f"{dtype}-{head}" + "-reverse" * reverse
-            yield f"linear_attention-states-{tail}", forward.states_kernel, dtype, options | states | own
-            yield f"linear_attention-chunk-{tail}", forward.chunk_kernel, dtype, options | chunks | own
-        options |= backward.gradient_options(DTYPES[dtype])
-        options |= {"types": dict.fromkeys(("p_states", "p_dstates"), f"*{dtype}")}
-        yield f"linear_attention-gradient-{dtype}-{head}", backward.gradient_kernel, dtype, options
+    of = (DTYPES | {"fp16": torch.float16})[dtype]
+    wide = tl.bfloat16 if dtype == "bf16" else tl.float32
+    states = f"*{'bf16' if dtype == 'bf16' else 'fp32'}"
+    options = {"SCALE": 0.125, "HEAD": head, "BLOCK_D": head, "WIDE": wide}
+    options |= {"DOT": tl.float16 if dtype == "fp16" else wide}
+    options |= {"CHUNK": call.chunk_for(of, by_channel=False), "BY_CHANNEL": False}
+    options |= {"num_warps": call.WARPS, "num_stages": call.STAGES}
+    options |= {"types": dict.fromkeys(("p_states", "p_dstates"), states)}
+    walk = {"BLOCK_DV": call.columns_for(call.STATE_VALUES, of, head), "num_stages": call.STATE_STAGES}
+    chunks = {"BLOCK_DV": call.chunk_columns_for(of, head, head)}
+    for reverse in (False, True):
+        own, tail = {"REVERSE": reverse}, f"{dtype}-{head}" + "-reverse" * reverse
+        yield f"linear_attention-states-{tail}", forward.states_kernel, dtype, options | walk | own
+        yield f"linear_attention-chunk-{tail}", forward.chunk_kernel, dtype, options | chunks | own
+    options |= backward.gradient_options(of)
+    yield f"linear_attention-gradient-{dtype}-{head}", backward.gradient_kernel, dtype, options
+
+
+def linear_attention_cases() -> Iterator[Case]:
+    """The heaviest, heads of 128; and those of float16, whose products with states are of float32."""
+    for dtype in ("bf16", "fp16"):
+        yield from token_decay_cases(dtype, 128)
+
+
+def more_linear_attention_cases() -> Iterator[Case]:
+    for dtype, head in (("fp32", 128), ("fp32", 64), ("fp16", 64), ("bf16", 64)):
+        yield from token_decay_cases(dtype, head)
 
 
 def channel_gate_cases(dtype: str, of_backward: bool) -> Iterator[Case]:
@@ -204,7 +215,8 @@ MATRIX_CASES = (
 MORE_CASES = {
     f"more-{case[0]}": case
     for case in (
-        *(*more_row_cases(), *quantized_linear_cases(is_more=True), *more_channel_gate_cases()),
+        *(*more_row_cases(), *quantized_linear_cases(is_more=True)),
+        *(*more_channel_gate_cases(), *more_linear_attention_cases()),
         *(*more_attention_cases(), *more_attention_gradient_cases(), *more_paged_cases()),
     )
 }

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from effopt.backends.triton import block_sparse_attention as kernel_file
 from effopt.backends.triton.block_sparse_attention import BLOCK_SPARSE_ATTENTION as KERNEL
 from effopt.graph import ops
 from effopt.graph.equivalence import difference
@@ -53,6 +54,31 @@ def test_heads(d: int, dv: int, device: torch.device) -> None:
     mask = torch.arange(70, device=device)[None] > 20
     more = {"is_causal": True, "key_mask": mask, "softcap": 2.0, "masked_rows": "mean"}
     assert_values(call(70, 70, d, 32, device, dv, **more))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_lists_of_blocks(is_causal: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows longer than a step, none selected, and views: one for all heads, and every other column."""
+    monkeypatch.setattr(kernel_file, "LISTED", 16)
+    drawn = torch.rand(2, 3, 9, 80, device=device) > 0.6
+    drawn[1, 2, 4] = False
+    for blocks in (drawn, drawn[:, :1].expand(2, 3, 9, 80), drawn[..., ::2]):
+        index, count = kernel_file.listed(blocks, is_causal)
+        kept = blocks.tril() if is_causal else blocks
+        assert torch.equal(count, kept.sum(-1, dtype=torch.int32))
+        for found, many, row in zip(index.flatten(0, 2), count.flatten(), kept.flatten(0, 2), strict=True):
+            assert found[: int(many)].tolist() == row.nonzero().flatten().tolist()
+
+
+def test_heads_that_take_turns(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of four heads at a time, as where the cache holds no more."""
+    sample = call(70, 70, 16, 16, device, is_causal=True)
+    whole = KERNEL.call(*sample.args, **sample.kwargs)
+    monkeypatch.setattr(kernel_file, "CACHED_BYTES", 3 * 70 * 32 * 4)
+    torch.testing.assert_close(
+        KERNEL.call(*sample.args, **sample.kwargs), whole, rtol=0.0, atol=0.0, equal_nan=True
+    )
+    assert_values(sample)
 
 
 def test_all_blocks_are_attention(device: torch.device) -> None:
