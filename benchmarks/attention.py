@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py --json benchmarks/results/attention-cpu.json
     python benchmarks/attention.py --write docs/attention.md --sizes 2048 8192 --head-sizes 64 --from FILE
+    python benchmarks/attention.py --training --sizes 1024 4096    # forward and backward
     python benchmarks/attention.py --section block-sparse    # in block_sparse_section.py; --device cuda
     python benchmarks/attention.py --section linear          # in linear_section.py
     python benchmarks/attention.py --section prefill --device cuda    # in prefill_section.py; and decode
@@ -14,8 +15,9 @@ Inductor with a block mask ready made. Versions are compared with the op's refer
 run in turn; a time is the median of the rounds. On a CPU that is the processor time of the calling thread,
 with one thread, so that other work on the machine moves it little. `computed` is the share of all
 (query, key) pairs that lie in blocks, `open` the share that the mask leaves: no version does with less.
-`GFLOP/s` counts the products of open pairs, `GB/s` query, open keys, their values, result; `of ceiling` is
-the larger of their shares of what this machine reaches in one matrix product, and in copying 256 MB.
+`GFLOP/s` counts the products of open pairs (3.5 times as many with `--training`), `GB/s` query, open keys,
+their values, result; `of ceiling` is the larger of their shares of what this machine reaches in one matrix
+product, and in copying 256 MB.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ KINDS = (
     *("chunks 512", "documents 512", "decode"),
 )
 SECTION = "<!-- written by benchmarks/attention.py -->"
+TRAINING = "<!-- written by benchmarks/attention.py --training -->"
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,21 @@ def compiled_flex(
     return lambda: run(*operands, block_mask=blocks, scale=scale)
 
 
+def with_gradients(call: Callable[[], Tensor], operands: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """Forward, and backward to query, key and value."""
+    direction = torch.randn(operands[0].shape, device=operands[0].device)
+
+    def run() -> Tensor:
+        with torch.enable_grad():
+            out = call()
+            torch.autograd.grad(out, operands, direction)
+        return out.detach()
+
+    return run
+
+
 def measure(
-    kind: str, t: int, d: int, device: torch.device, rounds: int, flex: bool, most: tuple[float, float]
+    kind: str, t: int, d: int, device: torch.device, rounds: int, wanted: argparse.Namespace, most: Any
 ) -> Iterator[Measurement]:
     """All versions of one attention, in turn."""
     queries = 1 if kind == "decode" else t
@@ -158,14 +174,18 @@ def measure(
     mask = told["mask"] if "mask" in told else open_keys(t, t, device, **told)
     assert mask is not None
     computed, left = shares(q, k, told, mask)
-    calls = versions(kind, (q, k, v), told, mask, flex)
+    if wanted.training:
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+    calls = versions(kind, (q, k, v), told, mask, wanted.flex)
+    if wanted.training:
+        calls = {name: with_gradients(call, (q, k, v)) for name, call in calls.items()}
     if t == SIZES[0]:
-        wanted = ops.attention.reference(q, k, v, scale=d**-0.5, **told)
+        exact = ops.attention.reference(q, k, v, scale=d**-0.5, **told)
         for call in calls.values():
-            torch.testing.assert_close(call(), wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(call(), exact, rtol=1e-4, atol=1e-4)
     times = medians(calls, device, rounds, again=20 if kind == "decode" else 1)
     base = times["sdpa, dense mask"]
-    flops = 4.0 * HEADS * queries * t * d * left
+    flops = 4.0 * HEADS * queries * t * d * left * (3.5 if wanted.training else 1.0)
     seen = float(mask.reshape(-1, t).any(0).sum()) / t
     bytes_ = 4.0 * d * (2 * HEADS * queries + 2 * KV_HEADS * t * seen)
     for name, seconds in times.items():
@@ -205,6 +225,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, help="begin no further shape after so long; not for masks")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too; compiles once a row")
+    parser.add_argument("--training", action="store_true", help="forward and backward; not for decode")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--from", type=Path, dest="source", help="take the numbers of an earlier --json")
     parser.add_argument("--write", type=Path, help="a page whose table is replaced")
@@ -214,6 +235,8 @@ def main() -> None:
             parser.error("--from is for section masks")
         sections.run(arguments)
         return
+    if arguments.training and "decode" in arguments.kinds:
+        arguments.kinds = [kind for kind in arguments.kinds if kind != "decode"]
     arguments.sizes, arguments.head_sizes = arguments.sizes or SIZES, arguments.head_sizes or HEAD_SIZES
     if arguments.source:
         found = json.loads(arguments.source.read_text("utf-8"))
@@ -232,7 +255,7 @@ def main() -> None:
             for kind in arguments.kinds:
                 for t in arguments.sizes:
                     for d in arguments.head_sizes:
-                        made = measure(kind, t, d, device, arguments.rounds, arguments.flex, most)
+                        made = measure(kind, t, d, device, arguments.rounds, arguments, most)
                         done += [asdict(m) for m in made]
         reached = {"matmul_flops_per_s": most[0], "copy_bytes_per_s": most[1]}
         found = {
@@ -247,7 +270,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if arguments.write:
-        fill(arguments.write, SECTION, text)
+        fill(arguments.write, TRAINING if arguments.training else SECTION, text)
 
 
 if __name__ == "__main__":
