@@ -63,7 +63,7 @@ def versions(
         for name, run in found.items():
             calls[name.removeprefix("effopt, "), density] = lambda run=run, s=selected: run(q, k, v, s)
         if q.device.type == "cuda" and (t, block, density) == FLEX:
-            run = flex(selected, block, scale)
+            run = peers.once(lambda selected=selected: flex(selected, block, scale))
             calls["flex", density] = lambda run=run: run(q, k, v)
     return calls
 
@@ -75,7 +75,7 @@ def flex(selected: Tensor, block: int, scale: float) -> Callable[..., Tensor]:
     own = torch.eye(selected.shape[-1], dtype=torch.bool, device=selected.device).expand_as(selected)
     lists = []
     for blocks in (own, selected & ~own):
-        order = blocks.int().argsort(-1, descending=True, stable=True)
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
         lists += [blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)]
     mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=lambda b, h, i, j: i >= j)
     compiled = torch.compile(flex_attention, dynamic=False)

@@ -88,7 +88,7 @@ def versions(q: Tensor, k: Tensor, v: Tensor) -> peers.Calls:
     if b > 1 and b * s > 2**18:  # it repeats keys and values for all heads
         found.pop("sdpa, math", None)
     if q.device.type == "cuda" and (b, s) in FLEX and d == HEAD_SIZES[0]:
-        found["flex"] = peers.flex(None, 1, s, q.device, scale=scale, enable_gqa=True)
+        found["flex"] = peers.once(lambda: peers.flex(None, 1, s, q.device, scale=scale, enable_gqa=True))
     return found | peers.lowerings(ops.attention, (q, k, v), False, scale=scale, rows_see_key=True)
 
 

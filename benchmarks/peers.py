@@ -4,6 +4,7 @@ window, FlexAttention, and every lowering of effopt. A version that does not run
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -58,6 +59,12 @@ def flash_window(width: int, scale: float) -> Callable[..., Tensor]:
         return out.transpose(1, 2)
 
     return run
+
+
+def once(make: Callable[[], Callable[..., Tensor]]) -> Callable[..., Tensor]:
+    """What `make` gives, made at the first call, where `that_run` tells of it if it fails."""
+    made = functools.cache(make)
+    return lambda *x: made()(*x)
 
 
 def flex(is_open: Any, t: int, s: int, device: torch.device, **given: Any) -> Callable[..., Tensor]:

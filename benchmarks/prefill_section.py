@@ -51,7 +51,9 @@ def versions(kind: str, q: Tensor, k: Tensor, v: Tensor, training: bool) -> peer
         found.pop("flash, window", None)
     elif q.device.type == "cuda" and b == 1 and t in FLEX_SIZES:
         near = (lambda i, j: i >= j) if kind == "causal" else (lambda i, j: (i >= j) & (i - j < WINDOW))
-        found["flex"] = peers.flex(lambda b, h, i, j: near(i, j), t, t, q.device, scale=scale)
+        found["flex"] = peers.once(
+            lambda: peers.flex(lambda b, h, i, j: near(i, j), t, t, q.device, scale=scale)
+        )
     given = told(kind)
     return found | peers.lowerings(ops.attention, (q, k, v), training, scale=scale, **given)
 
