@@ -80,7 +80,11 @@ def recurrences(graph: Graph) -> Found:
     steps = steps_by_form(graph)
     told: set[Node] = set()
     for chain in chains(steps):
-        lockstep = Lockstep([step.previous for step in chain])
+        start, *states = (step.previous for step in chain)
+        # The first step may find a copy of what others of its calls read.
+        lockstep = Lockstep(
+            [start, *states], [whole_of(start) if isinstance(start, Node) else start, *states]
+        )
         try:
             found.append(_recurrence(chain, lockstep))
             told.update(step.node for step in chain)
@@ -106,7 +110,8 @@ def _recurrence(chain: Sequence[Step], lockstep: Lockstep) -> Recurrence:
         raise Reject(_carried(chain) or why.reason, why.node) from None
     operands = [leaf for series in (added, decay) if series is not None for leaf in leaves(series)]
     depends = any(isinstance(leaf, State) for leaf in operands)
-    require(not depends, "what a step adds or multiplies by depends on the state", last)
+    words = "what a step adds or multiplies by depends on the state, as in a delta rule: no op computes that"
+    require(not depends, words, last)
     require(any(isinstance(leaf, Along) for leaf in operands), "", last)
     start = _start(chain[0])
     _require_shape(chain, start)
@@ -121,7 +126,8 @@ def _recurrence(chain: Sequence[Step], lockstep: Lockstep) -> Recurrence:
     inside = collecting | reads.reading
     require_inside(chain, inside, reads)
     products = {step.product for step in chain if step.product is not None}
-    nodes = {step.node for step in chain} | products | {*lockstep.nodes, *reads.nodes} | collecting
+    passed = {node for step in chain for node in step.passed}
+    nodes = {step.node for step in chain} | products | passed | {*lockstep.nodes, *reads.nodes} | collecting
     reads_last = any(is_alive(user) for user in last.users if user not in inside)
     words = "its last step only reads the state, and the state is returned too: update it in each step"
     require(not (ends.drops and reads_last), words, last)
@@ -153,10 +159,11 @@ def _carried(chain: Sequence[Step]) -> str:
 
 
 def _start(first: Step) -> Node | None:
-    if constant_number(first.previous) == 0:
+    start = first.previous
+    if constant_number(whole_of(start) if isinstance(start, Node) else start) == 0:
         return None
-    require(isinstance(first.previous, Node), f"its state starts at {first.previous}", first.node)
-    return first.previous
+    require(isinstance(start, Node), f"its state starts at {start}", first.node)
+    return start
 
 
 def _require_shape(chain: Sequence[Step], start: Node | None) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, Node
 
 from effopt.graph.analyses.lockstep import part_at
-from effopt.graph.analyses.step_forms import TARGETS, Inner, Step, steps_of
+from effopt.graph.analyses.step_forms import TARGETS, Inner, Step, joined, steps_of
 from effopt.graph.dataflow import calls_of
 from effopt.graph.rewrite import Reject
 
@@ -42,7 +42,7 @@ def steps_by_form(graph: Graph) -> ByForm:
     for node in calls_of(graph, TARGETS):
         for step in steps_of(node):
             found.setdefault(step.form, {})[node] = step
-    return found
+    return {form: joined(by_node) for form, by_node in found.items()}
 
 
 def chains(steps: ByForm) -> Iterator[list[Step]]:

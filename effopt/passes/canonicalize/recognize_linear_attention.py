@@ -61,6 +61,7 @@ class RecognizeLinearAttention(Rewrite):
             ),
             clone=op.clone(HOLE, memory_format=ANY),
             cast=any_of(op._to_copy(HOLE, dtype=ANY), op.type_as(HOLE, ANY)),
+            dropout=op.dropout(HOLE, C("p"), C("train")),
         )
         return any_of(op.matmul(weights, v), op.bmm(weights, v), op.sum(weights, [-1], ANY))
 
@@ -106,6 +107,8 @@ class RecognizeLinearAttention(Rewrite):
         rates = -torch.rand(5)
         yield Example(lambda q, k, v, r: _by_rate(q, k, v, r[:3]), (q, k, v, rates), "one number a head")
         yield Example(lambda q, k, v: _raised(q, k, v, 1e-9), (q, k, v), "may overflow ahead")
+        drop = torch.nn.functional.dropout
+        yield Example(lambda q, k, v: drop((q @ k.mT).tril(), 0.1) @ v, (q, k, v), "dropout is applied to")
         gates = -torch.rand(2, 3, 9)
         yield Example(lambda q, k, v, g: _gated(q, k, v, g, 0), (q, k, v, gates), "off by one")
 
