@@ -34,7 +34,12 @@ _FURTHEST = 64
 
 def is_between_matmuls(node: Node) -> bool:
     """Whether matmuls lead to `node` and follow it, with only pointwise ops, views and casts in between."""
-    return feeds_matmul(node) and _reaches_matmul(node, lambda n: n.all_input_nodes)
+    return feeds_matmul(node) and follows_matmul(node)
+
+
+def follows_matmul(node: Node) -> bool:
+    """Whether a matmul leads to `node`, with only pointwise ops, views and casts in between."""
+    return _reaches_matmul(node, lambda n: n.all_input_nodes)
 
 
 def feeds_matmul(node: Node) -> bool:

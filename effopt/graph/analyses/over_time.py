@@ -100,7 +100,12 @@ def factors_of(product: Timed, apart: frozenset[str], where: Node) -> Iterator[T
         given = _of_matmul(product, *call[1][:2])
     if call is not None and call[0] is _aten._to_copy.default:
         raise Reject(f"what it adds is rounded to {dtype_of(product.value)}", where)
-    require(given is not None, f"what it adds, {product}, is no product of a key and a value", where)
+    words = f"what it adds, {product}, is no product of a key and a value"
+    if call is not None and call[0] in _MATMULS:
+        words += ", but of matrices: in a loop over chunks, take single tokens, or all of them at once"
+    elif call is not None and call[0] is _aten.div.Tensor:
+        words += ", but a quotient: divide the key or the value"
+    require(given is not None, words, where)
     for factor in given or ():
         yield from factors_of(factor, apart, where)
 

@@ -19,9 +19,11 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.graph.analyses.chunk_loops import in_chunks
 from effopt.graph.analyses.collected import is_alive
 from effopt.graph.analyses.lockstep import Along, Apply, Lockstep, Series, State, leaves, whole_of
 from effopt.graph.analyses.loop_outputs import Ends, Output, outputs_of, require_inside
+from effopt.graph.analyses.single_steps import single_steps
 from effopt.graph.analyses.step_chains import Miss, chains, nonlinear, steps_by_form
 from effopt.graph.analyses.step_forms import Step
 from effopt.graph.constants import constant_number
@@ -90,13 +92,14 @@ def recurrences(graph: Graph) -> Found:
             told.update(step.node for step in chain)
         except Reject as why:
             # A sum of many things, such as a residual stream, is no loop that failed.
-            if lockstep.has_parts and why.reason:
-                misses.append(Miss(why.reason, why.node, chain[-1].node))
+            reason = why.reason if lockstep.has_parts else in_chunks(chain)
+            if reason:
+                misses.append(Miss(reason, why.node, chain[-1].node))
                 told.update(step.node for step in chain)
         except Exception as error:  # noqa: BLE001 - a fault in reading one loop: told there, the others go on
             words = f"it cannot be read: {type(error).__name__}: {error}"
             misses.append(Miss(words, None, chain[-1].node))
-    misses.extend(miss for miss in nonlinear(steps) if miss.state not in told)
+    misses.extend(m for m in (*nonlinear(steps), *single_steps(steps)) if m.state not in told)
     return Found(tuple(sorted(found, key=lambda r: r.last)), tuple(misses))
 
 

@@ -134,14 +134,16 @@ def _before(step: Step, by_node: dict[Node, Step]) -> tuple[Node | None, list[No
     return (next(iter(found)) if len(found) == 1 else None), [call for call in calls if call in reading]
 
 
-def is_outer(value: Any) -> bool:
-    """Whether a value is a product of a column and a row, however that is spelled."""
+def is_outer(value: Any, depth: int = _SIGNATURE_DEPTH) -> bool:
+    """Whether a value is a product of a column and a row, however that is spelled, and of more factors."""
     target = value.target if isinstance(value, Inner | Node) else None
     operands = [x for x in value.args if isinstance(x, Node)] if target is not None else []
     if target is _aten.einsum.default:
         words = letters_of(str(value.args[0]))
         return words is not None and len(words[0]) == 2 and len(set(words[1])) > max(map(len, words[0]))
     if target in (_aten.outer.default, _aten.ger.default):
+        return True
+    if target is _aten.mul.Tensor and depth and any(is_outer(x, depth - 1) for x in operands):
         return True
     sizes = [shape_of(x) for x in operands[:2]]
     if len(sizes) != 2 or any(len(size) < 2 for size in sizes):
