@@ -26,7 +26,7 @@ _SEEN_THROUGH = (
     *(_aten.cat.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.contiguous.default),
     *(_aten.masked_fill.Scalar, _aten.masked_fill.Tensor, _aten.max.dim, _aten.amax.default),
     *(_aten.pad.default, _aten.constant_pad_nd.default, _aten.type_as.default),
-    *(_aten.flip.default, _aten.roll.default),
+    *(_aten.flip.default, _aten.roll.default, _aten.tril.default, _aten.triu.default),
 )
 _FURTHEST = 64
 """Nodes looked at on each side; the longest of Inductor's patterns has about 20 in between."""
@@ -79,10 +79,11 @@ def _reach(start: Node, neighbours: Any) -> Iterator[Node]:
         if node not in seen:
             seen.add(node)
             yield node
-            if node is start or (node.op == "call_function" and _is_seen_through(node)):
+            if node is start or (node.op == "call_function" and is_seen_through(node)):
                 waiting.extend(neighbours(node))
 
 
-def _is_seen_through(node: Node) -> bool:
+def is_seen_through(node: Node) -> bool:
+    """Whether a call is pointwise, or lays its operand out."""
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     return pointwise or is_view(node) or node.target in _SEEN_THROUGH
