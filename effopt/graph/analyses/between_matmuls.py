@@ -49,9 +49,15 @@ def feeds_matmul(node: Node) -> bool:
 
 def without_product(softmax: Node | None) -> str:
     """Why the scores of a softmax are no product, if they come from outside of the graph; else nothing."""
-    reached = [] if softmax is None else list(_reach(softmax, lambda node: node.all_input_nodes))
-    given = [node for node in reached if node.op == "placeholder" and _is_as_large(node, softmax)]
-    if not given or any(node.target in _MATMULS for node in reached):
+    if softmax is None:
+        return ""
+    above = list(_reach(softmax, lambda node: node.all_input_nodes))
+    below = list(_reach(softmax, lambda node: list(node.users)))
+    given = [node for node in above if node.op == "placeholder" and _is_as_large(node, softmax)]
+    products = [node for node in below if node.target in _MATMULS]
+    values = {x for node in products for x in node.all_input_nodes} - set(below)
+    # A softmax of features reads products of keys and values, as linear attention does.
+    if not given or any(node.target in _MATMULS for node in above) or any(map(follows_matmul, values)):
         return ""
     return (
         f"the scores are {given[0].name}, an input of this graph, and query @ key^T is not in it: if a graph"
