@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from effopt.graph.analyses.heads import equal
 from effopt.graph.analyses.step_chains import ByForm, Miss, is_outer
 from effopt.graph.analyses.step_forms import Inner
-from effopt.graph.values import shape_of
+from effopt.graph.values import is_floating, shape_of
 
 _aten = torch.ops.aten
-_CONTRACTIONS = (*(_aten.matmul.default, _aten.bmm.default, _aten.einsum.default, _aten.sum.dim_IntList),)
+_CONTRACTIONS = (_aten.matmul.default, _aten.bmm.default, _aten.einsum.default, _aten.sum.dim_IntList)
 _MATRIX_A_HEAD = 4  # dimensions of a state: batch, head, key and value
 _FURTHEST = 8  # calls between a state and a product of it; those of known models are at most four
 _MOST_ADDED = 32  # calls that make what is added of the state; those of known models are at most ten
@@ -32,7 +33,7 @@ _REASON = (
 
 
 def single_steps(steps: ByForm) -> Iterator[Miss]:
-    """Each, once."""
+    """Each, once, and why it is left alone."""
     seen: set[Node] = set()
     for by_node in steps.values():
         for node, step in by_node.items():
@@ -45,6 +46,7 @@ def single_steps(steps: ByForm) -> Iterator[Miss]:
 
 
 def _is_read_and_returned(state: Node) -> bool:
+    """Whether a product or a sum is taken of a state, near to it, and it is an output of the graph."""
     is_read = is_returned = False
     waiting, seen = [state], set[Node]()
     while waiting and len(seen) < _FURTHEST:
@@ -52,13 +54,16 @@ def _is_read_and_returned(state: Node) -> bool:
         seen.add(node)
         for user in node.users:
             is_read |= user.target in _CONTRACTIONS
-            is_returned |= user.op == "output" and shape_of(node) == shape_of(state)
+            is_returned |= (
+                user.op == "output" and is_floating(node) and equal(shape_of(node), shape_of(state))
+            )
             if user.target not in _CONTRACTIONS and user not in seen:
                 waiting.append(user)
     return is_read and is_returned
 
 
 def _is_made_of(value: Any, state: Node) -> bool:
+    """Whether a value depends on a state."""
     waiting, seen = [value], set[Any]()
     while waiting and len(seen) < _MOST_ADDED:
         node = waiting.pop(0)

@@ -22,7 +22,7 @@ from effopt.graph.analyses.lockstep import part_at
 from effopt.graph.analyses.step_forms import TARGETS, Inner, Step, joined, steps_of
 from effopt.graph.dataflow import calls_of
 from effopt.graph.rewrite import Reject
-from effopt.graph.values import shape_of
+from effopt.graph.values import is_floating, shape_of
 
 _aten = torch.ops.aten
 _MOST_BETWEEN = 16  # calls between two states; those of known models have at most five
@@ -102,7 +102,8 @@ def _words(step: Step, calls: Sequence[Node]) -> str:
     told = ", ".join(dict.fromkeys(str(call.target) for call in calls))
     if twice:
         return f"between steps its state goes through {told}: multiply the factors first"
-    more = ": only a decay is known, and no matrix, as in a delta rule" if is_outer(step.added) else ""
+    is_turned = len(calls[0].all_input_nodes) > 1 and is_outer(step.added)
+    more = ": only a decay is known, and no matrix, as in a delta rule" if is_turned else ""
     return f"between steps its state goes through {told}{more}"
 
 
@@ -137,7 +138,8 @@ def _before(step: Step, by_node: dict[Node, Step]) -> tuple[Node | None, list[No
 def is_outer(value: Any, depth: int = _SIGNATURE_DEPTH) -> bool:
     """Whether a value is a product of a column and a row, however that is spelled, and of more factors."""
     target = value.target if isinstance(value, Inner | Node) else None
-    operands = [x for x in value.args if isinstance(x, Node)] if target is not None else []
+    given = value.args if target is not None else ()
+    operands = [x for x in given if isinstance(x, Node) and is_floating(x)]
     if target is _aten.einsum.default:
         words = letters_of(str(value.args[0]))
         return words is not None and len(words[0]) == 2 and len(set(words[1])) > max(map(len, words[0]))
