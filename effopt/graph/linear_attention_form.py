@@ -133,6 +133,13 @@ def _fold(m: Match, frame: tuple[Any, ...]) -> tuple[float, Weight]:
             weight = weight.where(triangle(step.node, place))
         elif step.tag in ("keep", "drop"):
             weight = weight.where(_kept(step, own, place, reader))
+        elif step.tag == "dropout":
+            words = (
+                "dropout is applied to the weights in training, each of which it draws for: apply it to the"
+            )
+            require(
+                not (step.train and step.p), f"{words} values or to the result, or set it to 0", step.node
+            )
         else:
             tags = ("move", "clone", "cast")
             require(step.tag in tags, "the scores are divided by a tensor or a size", step.node)

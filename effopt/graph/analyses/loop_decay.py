@@ -1,6 +1,7 @@
 """What a loop multiplies its state by, as a sum of logarithms.
 
-    exp(g) -> g,   sigmoid(x) -> log_sigmoid(x),   1 - sigmoid(x) -> log_sigmoid(-x),   0.9 -> log(0.9)
+    exp(g) -> g,   1 / exp(g) -> -g,   sigmoid(x) -> log_sigmoid(x),   1 - sigmoid(x) -> log_sigmoid(-x)
+    0.9 -> log(0.9)
 
 A factor is taken if it is known not to be negative: as an exponential, a sigmoid, or a constant in (0, 1].
 Looks only.
@@ -63,6 +64,8 @@ def decay_of(found: Timed, where: Node, by: float = 1.0) -> Iterator[Factor]:
         yield _of_number(1 / number, by, where)
     elif target is _aten.exp.default:
         yield Factor(Kind.EXPONENT, operands_of(found, args[0]), by)
+    elif target is _aten.reciprocal.default and (inner := _exponent(found, args[0])) is not None:
+        yield Factor(Kind.EXPONENT, inner, -by)
     elif target is _aten.sigmoid.default:
         yield Factor(Kind.SIGMOID, operands_of(found, args[0]), by)
     elif target is _aten.pow.Tensor_Scalar:
@@ -74,6 +77,13 @@ def decay_of(found: Timed, where: Node, by: float = 1.0) -> Iterator[Factor]:
         yield from decay_of(whole, where, by)
     else:
         yield _last(found, target, args, by, where)
+
+
+def _exponent(found: Timed, operand: Any) -> Timed | None:
+    """What an operand is the exponential of."""
+    inner = operands_of(found, operand)
+    call = call_of(inner.value)
+    return operands_of(inner, call[1][0]) if call is not None and call[0] is _aten.exp.default else None
 
 
 def _rest_of_rest(found: Timed, target: Any, args: list[Any]) -> Timed | None:

@@ -130,17 +130,22 @@ def require_inside(chain: Sequence[Step], inside: set[Node], reads: Reads) -> No
     """Only the next step and the read-outs read what a step computes; anyone reads the last state."""
     for user, step, after in _users_of_states(chain):
         told = f"the state of a step, {step.node.name}, is also read by {user.name}"
-        require(user in {after.node, after.product} or user in inside, told, user)
-    decayed = {step.product: step.node for step in chain if step.product is not None}
-    for product, node in decayed.items():
-        for user in product.users:
-            told = f"the decayed state of a step, {product}, is also read by {user.name}"
-            require(user is node or user in inside or not is_alive(user), told, user)
+        require(user in _calls_of(after) or user in inside, told, user)
+    own = {made: _calls_of(step) for step in chain for made in (step.product, *step.passed) if made}
+    for made, calls in own.items():
+        for user in made.users:
+            told = f"the decayed state of a step, {made}, is also read by {user.name}"
+            require(user in calls or user in inside or not is_alive(user), told, user)
     for node in reads.reading:
         for user in node.users:
             told = f"the read-out of a step, {node.name}, is also read by {user.name}"
-            is_next = decayed.get(node) is user
+            is_next = user in own.get(node, ())
             require(user in inside or is_next or not is_alive(user), told, user)
+
+
+def _calls_of(step: Step) -> set[Node | None]:
+    """The calls that make its state of the one before."""
+    return {step.node, step.product, *step.passed}
 
 
 def _users_of_states(chain: Sequence[Step]) -> Iterator[tuple[Node, Step, Step]]:

@@ -98,9 +98,16 @@ def factors_of(product: Timed, apart: frozenset[str], where: Node) -> Iterator[T
         given = [timed(x, (axis,)) for x, axis in zip(call[1][:2], product.axes, strict=True)]
     elif call is not None and call[0] in _MATMULS:
         given = _of_matmul(product, *call[1][:2])
+    elif call is not None and call[0] is _aten.div.Tensor:
+        given = _of_quotient(product, *call[1][:2])
     if call is not None and call[0] is _aten._to_copy.default:
         raise Reject(f"what it adds is rounded to {dtype_of(product.value)}", where)
-    require(given is not None, f"what it adds, {product}, is no product of a key and a value", where)
+    words = f"what it adds, {product}, is no product of a key and a value"
+    if call is not None and call[0] in _MATMULS:
+        words += ", but of matrices: in a loop over chunks, take single tokens, or all of them at once"
+    elif call is not None and call[0] is _aten.div.Tensor:
+        words += ", but a quotient: divide the key or the value"
+    require(given is not None, words, where)
     for factor in given or ():
         yield from factors_of(factor, apart, where)
 
@@ -121,6 +128,20 @@ def _of_matmul(product: Timed, left: Any, right: Any) -> list[Timed] | None:
     axes = product.axes
     given = ((left, (*axes[:-1], None)), (right, (*axes[:-2], None, axes[-1])))
     return [timed(x, wide[len(wide) - len(size) :]) for (x, wide), size in zip(given, sizes, strict=True)]
+
+
+def _of_quotient(product: Timed, above: Any, below: Any) -> list[Timed] | None:
+    """What is divided, and the inverse of the rest: in float32 or wider, for in 16 bits that may overflow."""
+    number = constant_number(below)
+    if number:
+        return [operands_of(product, above), Timed(1 / number, ())]
+    below = below.node if isinstance(below, Same) else below
+    nodes = below.nodes if isinstance(below, Apply) else (below,)
+    is_wide = isinstance(nodes[0], Node) and dtype_of(below) in (torch.float32, torch.float64)
+    if not is_wide:
+        return None
+    inverse = Apply(_aten.reciprocal.default, (below,), {}, nodes)
+    return [operands_of(product, above), operands_of(product, inverse)]
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from effopt.graph.analyses.chunk_loops import in_chunks
 from effopt.graph.analyses.collected import is_alive
 from effopt.graph.analyses.lockstep import Along, Apply, Lockstep, Series, State, leaves, whole_of
 from effopt.graph.analyses.loop_outputs import Ends, Output, outputs_of, require_inside
+from effopt.graph.analyses.single_steps import single_steps
 from effopt.graph.analyses.step_chains import Miss, chains, nonlinear, steps_by_form
 from effopt.graph.analyses.step_forms import Step
 from effopt.graph.constants import constant_number
@@ -80,19 +82,24 @@ def recurrences(graph: Graph) -> Found:
     steps = steps_by_form(graph)
     told: set[Node] = set()
     for chain in chains(steps):
-        lockstep = Lockstep([step.previous for step in chain])
+        start, *states = (step.previous for step in chain)
+        # The first step may find a copy of what others of its calls read.
+        lockstep = Lockstep(
+            [start, *states], [whole_of(start) if isinstance(start, Node) else start, *states]
+        )
         try:
             found.append(_recurrence(chain, lockstep))
             told.update(step.node for step in chain)
         except Reject as why:
             # A sum of many things, such as a residual stream, is no loop that failed.
-            if lockstep.has_parts and why.reason:
-                misses.append(Miss(why.reason, why.node, chain[-1].node))
+            reason = why.reason if lockstep.has_parts else in_chunks(chain)
+            if reason:
+                misses.append(Miss(reason, why.node, chain[-1].node))
                 told.update(step.node for step in chain)
         except Exception as error:  # noqa: BLE001 - a fault in reading one loop: told there, the others go on
             words = f"it cannot be read: {type(error).__name__}: {error}"
             misses.append(Miss(words, None, chain[-1].node))
-    misses.extend(miss for miss in nonlinear(steps) if miss.state not in told)
+    misses.extend(m for m in (*nonlinear(steps), *single_steps(steps)) if m.state not in told)
     return Found(tuple(sorted(found, key=lambda r: r.last)), tuple(misses))
 
 
@@ -106,7 +113,8 @@ def _recurrence(chain: Sequence[Step], lockstep: Lockstep) -> Recurrence:
         raise Reject(_carried(chain) or why.reason, why.node) from None
     operands = [leaf for series in (added, decay) if series is not None for leaf in leaves(series)]
     depends = any(isinstance(leaf, State) for leaf in operands)
-    require(not depends, "what a step adds or multiplies by depends on the state", last)
+    words = "what a step adds or multiplies by depends on the state, as in a delta rule: no op computes that"
+    require(not depends, words, last)
     require(any(isinstance(leaf, Along) for leaf in operands), "", last)
     start = _start(chain[0])
     _require_shape(chain, start)
@@ -121,7 +129,8 @@ def _recurrence(chain: Sequence[Step], lockstep: Lockstep) -> Recurrence:
     inside = collecting | reads.reading
     require_inside(chain, inside, reads)
     products = {step.product for step in chain if step.product is not None}
-    nodes = {step.node for step in chain} | products | {*lockstep.nodes, *reads.nodes} | collecting
+    passed = {node for step in chain for node in step.passed}
+    nodes = {step.node for step in chain} | products | passed | {*lockstep.nodes, *reads.nodes} | collecting
     reads_last = any(is_alive(user) for user in last.users if user not in inside)
     words = "its last step only reads the state, and the state is returned too: update it in each step"
     require(not (ends.drops and reads_last), words, last)
@@ -153,10 +162,11 @@ def _carried(chain: Sequence[Step]) -> str:
 
 
 def _start(first: Step) -> Node | None:
-    if constant_number(first.previous) == 0:
+    start = first.previous
+    if constant_number(whole_of(start) if isinstance(start, Node) else start) == 0:
         return None
-    require(isinstance(first.previous, Node), f"its state starts at {first.previous}", first.node)
-    return first.previous
+    require(isinstance(start, Node), f"its state starts at {start}", first.node)
+    return start
 
 
 def _require_shape(chain: Sequence[Step], start: Node | None) -> None:

@@ -1,22 +1,25 @@
 """In which ways one call can be a step of a loop over time.
 
     state * g + kv,   state / 2 - kv,   addcmul(kv, state, g),   addcmul(state, k, v),   baddbmm(state, k, v),
-    addmm(state, k, v),   addr(state, k, v),   lerp(state, kv, w)   =>   decay * state + added
+    addmm(state, k, v),   addr(state, k, v),   addcdiv(state, kv, n),   addcdiv(kv, state, n),
+    lerp(state, kv, w),   sum((state * g, kv))   =>   decay * state + added
 
 What a call computes on the way, such as the product in `baddbmm`, is an `Inner`. Looks only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from effopt.graph.analyses.no_ops import stands_for
 from effopt.graph.constants import constant_number
 from effopt.graph.matching import bound_arguments
+from effopt.graph.values import val
 
 _aten = torch.ops.aten
 _PRODUCTS: dict[Any, Any] = {
@@ -52,11 +55,34 @@ class Step:
     added: Any
     product: Node | None
     """The call of `decay * previous`, if it is one of its own."""
+    passed: tuple[Node, ...] = ()
+    """Calls that only hand on the state, or `product`: a copy, or a sum with 0."""
 
 
 def steps_of(node: Node) -> Iterator[Step]:
     """Every way in which a call of one of `TARGETS` can be one step."""
-    yield from _FORMS[node.target](node)
+    # A sum with the number 0 is none: it hands its operand on, as in `sum((state, kv))`.
+    if not any(type(operand) in (int, float) and not operand for operand in node.args[:2]):
+        yield from _FORMS[node.target](node)
+
+
+def joined(steps: Mapping[Node, Step]) -> dict[Node, Step]:
+    """Steps of one form, each of which reads the step before itself, and not what only hands that on."""
+    found = dict(steps)
+    for node, step in steps.items():
+        whole, passed = _whole(step.previous, steps)
+        if passed and whole in steps:
+            found[node] = replace(step, previous=whole, passed=(*step.passed, *passed))
+    return found
+
+
+def _whole(value: Any, known: Collection[Any] = ()) -> tuple[Any, tuple[Node, ...]]:
+    """What a value is, and the calls that only hand it on; down to what is known."""
+    passed: list[Node] = []
+    while isinstance(value, Node) and value not in known and (source := stands_for(value)) is not None:
+        passed.append(value)
+        value = source
+    return value, tuple(passed)
 
 
 def _of_sum(node: Node) -> Iterator[Step]:
@@ -90,6 +116,20 @@ def _of_product(node: Node) -> Iterator[Step]:
     yield from _kept(node, node.target, kept, _times(added, times, node), by)
 
 
+def _of_quotient(node: Node) -> Iterator[Step]:
+    """A sum with `times * above / below`: either the state stands above, or it is added to."""
+    kept, above, below, times = bound_arguments(node).values()
+    if type(times) not in (int, float) or not all(isinstance(x, Node) for x in (above, below)):
+        return
+    yield Step(node, "quotient", above, _times(_inverse(below), times, below), kept, None)
+    if val(below).dtype in (torch.float32, torch.float64):
+        added = Inner(_aten.mul.Tensor, (above, _inverse(below)), node)
+    else:
+        # In 16 bits an inverse may overflow where the quotient does not: whoever reads it tells.
+        added = Inner(_aten.div.Tensor, (above, below), node)
+    yield from _kept(node, node.target, kept, _times(added, times, node), 1)
+
+
 def _of_batch(node: Node) -> Iterator[Step]:
     """Of products that are summed over a batch."""
     kept, left, right, beta, alpha = bound_arguments(node).values()
@@ -111,16 +151,18 @@ def _of_lerp(node: Node) -> Iterator[Step]:
 
 def _kept(node: Node, form: Hashable, kept: Any, added: Any, by: Any) -> Iterator[Step]:
     """Steps that add to `kept`, `by` times: it is the state, or the state scaled."""
-    scaled = kept if isinstance(kept, Node) and kept.op == "call_function" else None
+    whole, passed = _whole(kept)
+    scaled = whole if isinstance(whole, Node) and whole.op == "call_function" else None
     if scaled is not None and scaled.target is _aten.mul.Tensor:
         for j in (0, 1):
             previous, decay = scaled.args[j], scaled.args[1 - j]
             is_number = type(decay) in (int, float) and isinstance(previous, Node)
             if isinstance(decay, Node) or is_number:
-                yield Step(node, ("mul", form, j), previous, _times(decay, by, decay), added, scaled)
+                decay = _times(decay, by, decay)
+                yield Step(node, ("mul", form, j), previous, decay, added, scaled, passed)
     if scaled is not None and scaled.target is _aten.div.Tensor and isinstance(scaled.args[0], Node):
         decay = _inverse(scaled.args[1])
-        yield Step(node, ("div", form), scaled.args[0], _times(decay, by, decay), added, scaled)
+        yield Step(node, ("div", form), scaled.args[0], _times(decay, by, decay), added, scaled, passed)
     yield Step(node, form, kept, None if by == 1 else by, added, None)
 
 
@@ -144,6 +186,7 @@ _FORMS: dict[Any, Callable[[Node], Iterator[Step]]] = {
     _aten.add.Tensor: _of_sum,
     _aten.sub.Tensor: _of_difference,
     **dict.fromkeys(_PRODUCTS, _of_product),
+    _aten.addcdiv.default: _of_quotient,
     _aten.addbmm.default: _of_batch,
     _aten.lerp.Scalar: _of_lerp,
     _aten.lerp.Tensor: _of_lerp,

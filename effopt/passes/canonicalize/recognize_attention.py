@@ -13,13 +13,13 @@ arXiv:2305.13245, section 2.2; sinks: Xiao et al. 2023, arXiv:2309.17453, sectio
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule
 
-from effopt.graph.analyses.between_matmuls import feeds_matmul
+from effopt.graph.analyses.between_matmuls import feeds_matmul, without_product
 from effopt.graph.attention_form import read, write
 from effopt.graph.pattern import ANY, HOLE, Capture, Named, OpBuilder, any_of, chain, tensor
 from effopt.graph.rewrite import Emit, Match, PassResult, require
@@ -45,7 +45,8 @@ class RecognizeAttention(Rewrite):
         """As every rewrite, but silent on a softmax that weighs nothing, such as a router's."""
         result = super().apply(module, context)
         left = {n.name: n for n in module.graph.find_nodes(op="call_function", target=_SOFTMAX)}
-        result.rejected = [r for r in result.rejected if r.node not in left or feeds_matmul(left[r.node])]
+        kept = [r for r in result.rejected if r.node not in left or feeds_matmul(left[r.node])]
+        result.rejected = [replace(r, reason=without_product(left.get(r.node)) or r.reason) for r in kept]
         return result
 
     def pattern(self, op: OpBuilder, query: Any, key: Any, value: Any) -> Any:

@@ -25,12 +25,17 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn.functional import pad
 
+from effopt.graph.analyses.delta_rules import delta_rules
 from effopt.graph.chunked_attention_form import ChunkedForm, read, write
 from effopt.graph.driver import apply_found
 from effopt.graph.rewrite import Emit, Match, PassResult
 from effopt.passes.base import Context, Example, GraphPass, Stage
 
 _aten = torch.ops.aten
+_DELTA_RULE = (
+    "a delta rule in chunks: what a token adds is solved for by products of keys, and no op computes that."
+    " It runs as it is written; decays alone, without such a system, are recognised"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,10 @@ class RecognizeChunkedAttention(GraphPass):
     def apply(self, module: GraphModule, context: Context) -> PassResult:
         """Each sum of pairs of tokens and of states, and the op."""
         roots = module.graph.find_nodes(op="call_function", target=_aten.add.Tensor)
-        return apply_found(self, module, list(map(_match, roots)), context.approve)
+        result = apply_found(self, module, list(map(_match, roots)), context.approve)
+        for node in delta_rules(module.graph):
+            result.reject(self.name, node, _DELTA_RULE)
+        return result
 
     def legal(self, m: Match) -> None:
         if isinstance(m.form, Exception):
@@ -69,6 +77,7 @@ class RecognizeChunkedAttention(GraphPass):
         yield Example(off, given, "off by one")
         stale = lambda c, b, x, g: _chunked(c, b, x, g, other=2 * g)  # noqa: E731
         yield Example(stale, given, "decays by other gates")
+        yield Example(_delta_rule, given[1:], "a delta rule in chunks")
 
 
 def _match(root: Node) -> Match:
@@ -89,6 +98,12 @@ def _segments(g: Tensor, first: int = 1) -> Tensor:
     t = g.shape[-1]
     sums = g.unsqueeze(-1).expand(*g.shape, t).tril(-first).cumsum(-2)
     return sums.masked_fill(torch.ones(t, t).triu(1).bool(), -torch.inf).exp()
+
+
+def _delta_rule(k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    k, v, total = k.transpose(1, 2), v.transpose(1, 2), g.transpose(1, 2).cumsum(-1)
+    apart = (total[..., :, None] - total[..., None, :]).tril().exp()
+    return torch.linalg.solve_triangular(k @ k.mT * apart, v, upper=False, unitriangular=True)
 
 
 def _chunked(

@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch.fx import GraphModule
 
+from effopt.graph.analyses.masked_scores import bent_scores
 from effopt.graph.linear_attention_form import read, write
 from effopt.graph.pattern import ANY, HOLE, Capture, Named, OpBuilder, any_of, chain, tensor
-from effopt.graph.rewrite import Emit, Match
-from effopt.passes.base import Example, Rewrite, Stage
+from effopt.graph.rewrite import Emit, Match, PassResult
+from effopt.passes.base import Context, Example, Rewrite, Stage
 
 C = Capture
 
@@ -61,8 +63,16 @@ class RecognizeLinearAttention(Rewrite):
             ),
             clone=op.clone(HOLE, memory_format=ANY),
             cast=any_of(op._to_copy(HOLE, dtype=ANY), op.type_as(HOLE, ANY)),
+            dropout=op.dropout(HOLE, C("p"), C("train")),
         )
         return any_of(op.matmul(weights, v), op.bmm(weights, v), op.sum(weights, [-1], ANY))
+
+    def apply(self, module: GraphModule, context: Context) -> PassResult:
+        """As every rewrite, and tells of what no pattern can: weights that are bent."""
+        result = super().apply(module, context)
+        for node, reason in bent_scores(module.graph):
+            result.reject(self.name, node, reason)
+        return result
 
     def legal(self, m: Match) -> None:
         m.once(read)
@@ -73,29 +83,21 @@ class RecognizeLinearAttention(Rewrite):
     def samples(self) -> Iterable[Example]:
         q, k, v = (torch.randn(2, 3, 9, n) for n in (4, 4, 5))
         rate = torch.tensor([0.1, 0.5, 2.0])
-
-        def decayed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
-            place = torch.arange(q.shape[2])
-            apart = place[:, None] - place
-            decay = torch.exp(-rate[:, None, None] * apart).masked_fill(apart < 0, 0.0)
-            return (q @ k.mT * decay * 0.5) @ v
-
         square = tuple(torch.randn(2, 4, 4, 4) for _ in range(3))
         yield Example(lambda q, k, v: (q @ k.transpose(-2, -1) * 0.5).tril(0) @ v, square)
         yield Example(_normalised, (q.exp(), k.exp(), v))
-        yield Example(decayed, (q, k, v, rate))
+        yield Example(_by_rate, (q, k, v, rate))
         yield Example(_powers, (q[0], k[0], v[0]))
         yield Example(_gated, (q, k, v, -torch.rand(2, 3, 9)))
 
     def refusals(self) -> Iterable[Example]:
         q, k, v = (torch.randn(2, 3, 9, 4) for _ in range(3))
-        mask = torch.ones(9, 9).tril()
         yield Example(lambda q, k, v: (q @ k.mT).tril(-1) @ v, (q, k, v), "its own key is hidden")
         yield Example(lambda q, k, v: (q @ k.mT).tril(2) @ v, (q, k, v), "the diagonal is shifted")
         yield Example(lambda q, k, v: (q @ k.mT).triu() @ v, (q, k, v), "not causal")
         yield Example(lambda q, k, v: (q @ k.mT).tril().triu(-3) @ v, (q, k, v), "is a window")
         yield Example(lambda q, k, v: (q @ k.mT * 0.5) @ v, (q, k, v), "every query sees every key")
-        yield Example(lambda q, k, v, m: (q @ k.mT * m) @ v, (q, k, v, mask), "not known to be causal")
+        yield Example(lambda q, k, v: (q @ k.mT * (k @ k.mT)) @ v, (q, k, v), "not known to be causal")
         yield Example(lambda q, k, v: (q[:, :, 5:] @ k.mT).tril() @ v, (q, k, v), "4 queries and 9 keys")
         yield Example(lambda q, k, v: [w := (q @ k.mT).tril(), w @ v], (q, k, v), "also used by")
         yield Example(lambda q, k, v: (q @ k.mT).masked_fill(_ahead(q), -1.0) @ v, (q, k, v), "than 0")
@@ -103,11 +105,11 @@ class RecognizeLinearAttention(Rewrite):
         yield Example(lambda q, k, v: _raised(q, k, v, -0.9), (q, k, v), "change sign")
         yield Example(lambda q, k, v: _raised(q, k, v, q[0, 0, 0, 0]), (q, k, v), "known to be positive")
         yield Example(lambda q, k, v: (q @ k.mT).tril().half().float() @ v, (q, k, v), "are rounded to")
-        rates = -torch.rand(5)
-        yield Example(lambda q, k, v, r: _by_rate(q, k, v, r[:3]), (q, k, v, rates), "one number a head")
+        some = lambda q, k, v, rates: _by_rate(q, k, v, rates[:3])  # noqa: E731
+        yield Example(some, (q, k, v, torch.rand(5)), "one number a head")
         yield Example(lambda q, k, v: _raised(q, k, v, 1e-9), (q, k, v), "may overflow ahead")
-        gates = -torch.rand(2, 3, 9)
-        yield Example(lambda q, k, v, g: _gated(q, k, v, g, 0), (q, k, v, gates), "off by one")
+        yield Example(lambda q, k, v: (q @ k.mT).relu().tril() @ v, (q, k, v), "go through aten.relu")
+        yield Example(lambda q, k, v, g: _gated(q, k, v, g, 0), (q, k, v, -torch.rand(2, 3, 9)), "off by one")
 
 
 def _ahead(q: torch.Tensor) -> torch.Tensor:
@@ -127,9 +129,10 @@ def _powers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _by_rate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
-    place = torch.arange(q.shape[-2])
-    decay = torch.exp(rate[:, None, None] * (place[:, None] - place))
-    return (q @ k.mT * decay.tril()) @ v
+    place = torch.arange(q.shape[2])
+    apart = place[:, None] - place
+    decay = torch.exp(-rate[:, None, None] * apart).masked_fill(apart < 0, 0.0)
+    return (q @ k.mT * decay * 0.5) @ v
 
 
 def _gated(

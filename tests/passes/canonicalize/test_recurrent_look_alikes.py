@@ -85,6 +85,68 @@ def later_gates(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Tensor
     return looped(lambda s, kv, _, t: s * later[:, :, t - 1, :, None] + kv if t else kv)(q, k, v, g, s)
 
 
+def summed_and_kept(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> list[Tensor]:
+    """What hands the decayed state on is returned too."""
+    kept, out = [], []
+    for t in range(T):
+        kept.append(s * g[:, :, t, :, None].sigmoid() + 0)
+        s = kept[-1] + k[:, :, t, :, None] * v[:, :, t, None]
+        out.append((q[:, :, t, :, None] * s).sum(-2))
+    return [torch.stack(out, 2), kept[2]]
+
+
+def copied_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    """As the recurrent form of DeltaNet is published: each read of the state is of a copy."""
+    s, out = torch.zeros_like(s), torch.zeros_like(v)
+    for t in range(T):
+        key = k[:, :, t, :, None]
+        new = (v[:, :, t] - (s.clone() * key).sum(-2)) * g[:, :, t, :1].sigmoid()
+        s = s.clone() + key * new.unsqueeze(-2)
+        out[:, :, t] = torch.einsum("bhd,bhdm->bhm", q[:, :, t], s)
+    return out
+
+
+def turned_by_a_matrix(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    """A delta rule as a product of matrices."""
+    out = []
+    for t in range(T):
+        key = k[:, :, t, :, None]
+        s = (torch.eye(key.shape[2]) - 0.1 * key * key.mT) @ s + 0.1 * key * v[:, :, t, None]
+        out.append(q[:, :, t, None] @ s)
+    return torch.cat(out, 2)
+
+
+def turned_and_kept(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    """As RWKV-7 has it: a decay, and a matrix of rank 1."""
+    out = []
+    for t in range(T):
+        key, gate = k[:, :, t, :, None], g[:, :, t, :, None].sigmoid()
+        s = s * gate - 0.1 * key @ (key.mT @ s) + key @ v[:, :, t, None]
+        out.append(q[:, :, t, None] @ s)
+    return torch.cat(out, 2)
+
+
+def over_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> list[Tensor]:
+    """As the chunkwise form of RetNet is published; its last token is a chunk of its own, and left out."""
+    place, out = torch.arange(2), []
+    decay = torch.where(place[:, None] >= place, 0.9 ** (place[:, None] - place), 0.0)
+    for i in range(0, T - 1, 2):
+        a, b, c = (x[:, :, i : i + 2] for x in (q, k, v))
+        left = (0.9 ** (place + 1.0))[:, None]
+        out.append((a @ b.mT * decay) @ c + a * left @ s)
+        s = s * 0.9**2 + (b * (0.9 ** (1.0 - place))[:, None]).mT @ c
+    return [torch.cat(out, 2), s]
+
+
+def over_split_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    q, k, v = (x[:, :, :4].unflatten(2, (2, 2)) for x in (q, k, v))
+    out = []
+    for i in range(2):
+        s = s * 0.5 + k[:, :, i].mT @ v[:, :, i]
+        out.append(q[:, :, i] @ s)
+    return torch.stack(out, 2)
+
+
 def vector_gates(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, s: Tensor, read: Body = lambda z, q: (q * z).sum(-1)
 ) -> Tensor:
@@ -167,6 +229,42 @@ REFUSED: dict[str, tuple[Body, str]] = {
     "a state that is forgotten": (
         flat(lambda s, k, v, g: torch.baddbmm(s, k, v, beta=0)),
         "its decay is 0.0: it has no logarithm",
+    ),
+    "a sum that is kept": (
+        summed_and_kept,
+        "is also read by",
+    ),
+    "a quotient by channels of key and value": (
+        looped(lambda s, kv, g, t: torch.addcdiv(s, kv, 1 + kv.square())),
+        "no product of a key and a value",
+    ),
+    "a quotient in 16 bits": (
+        looped(lambda s, kv, g, t: s * 0.5 + (kv.half() / (1 + g[:, :, t, :, None].square()).half()).float()),
+        "but a quotient: divide the key or the value",
+    ),
+    "divided by a gate": (
+        looped(lambda s, kv, g, t: torch.addcdiv(kv, s, 1 + g[:, :, t, :, None].square())),
+        "is not known to be in (0, 1]",
+    ),
+    "a delta rule of copies": (
+        copied_delta_rule,
+        "depends on the state, as in a delta rule",
+    ),
+    "a state that a matrix turns": (
+        turned_by_a_matrix,
+        "its state goes through aten.matmul.default: only a decay is known, and no matrix",
+    ),
+    "a state that decays and that a matrix turns": (
+        turned_and_kept,
+        "only a decay is known, and no matrix, as in a delta rule",
+    ),
+    "chunks of tokens": (
+        over_chunks,
+        "its steps take 2 places of",
+    ),
+    "chunks of their own axis": (
+        over_split_chunks,
+        "but of matrices: in a loop over chunks, take single tokens",
     ),
     "a delta rule": (
         flat(lambda s, k, v, g: torch.baddbmm(s, k, v - k.mT @ s)),

@@ -91,6 +91,16 @@ STEPS: dict[str, Body] = {
     "lerp from the product": spelled(lambda s, k, v, g: torch.lerp(k * v, s, g)),
     "lerp by a number": spelled(lambda s, k, v, g: torch.lerp(s, k * v, 0.1)),
     "lerp by the rest": spelled(lambda s, k, v, g: torch.lerp(s, k * v, 1 - g)),
+    "addcdiv": spelled(lambda s, k, v, g: torch.addcdiv(s * g, k * v, 1 + g)),
+    "addcdiv with a factor": spelled(lambda s, k, v, g: torch.addcdiv(s, k * v, 1 + g, value=-2)),
+    "a quotient": spelled(lambda s, k, v, g: s * g + k * v / (1 + g)),
+    "a quotient by a number": spelled(lambda s, k, v, g: s * g + k * v / 3),
+    "addcdiv of the state": spelled(lambda s, k, v, g: torch.addcdiv(k * v, s, g.exp())),
+    "divided by an exponential": spelled(lambda s, k, v, g: s / g.exp() + k * v),
+    "a sum of Python's": spelled(lambda s, k, v, g: sum((s * g, k * v))),
+    "a sum that begins with the product": spelled(lambda s, k, v, g: sum([k * v, s * g])),
+    "a sum without a decay": spelled(lambda s, k, v, g: sum((s, k * v))),
+    "a copy of the state": spelled(lambda s, k, v, g: s.clone() * g + k * v),
     "baddbmm": spelled(lambda s, k, v, g: torch.baddbmm(s, k, v), rows=True),
     "baddbmm with factors": spelled(
         lambda s, k, v, g: torch.baddbmm(s * g, k, v, beta=0.9, alpha=0.1), rows=True
