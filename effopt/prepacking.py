@@ -113,20 +113,22 @@ class PackedPrefill(nn.Module):
         Raises:
             EffoptError: the attention takes no mask of 4 dimensions, or a layer sees a window.
         """
+        # Not in `forward`: Dynamo 2.11 cuts the graph at an import from a package that loads its names late.
+        from transformers import DynamicCache
+
         super().__init__()
         self.model: Any = getattr(model, "_orig_mod", model)
         self.config = self.model.config.get_text_config()
+        self._cache_of: Any = DynamicCache
         _refuse_mask(self.config)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, documents: Tensor) -> Any:
         """The model's output, of `Packed.inputs_of_prefill`; its `past_key_values` are of the rows."""
-        from transformers import DynamicCache
-
         return self.model(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=_mask_of(documents, self.config, next(self.model.parameters()).dtype),
-            past_key_values=DynamicCache(config=self.config),
+            past_key_values=self._cache_of(config=self.config),
             use_cache=True,
         )
 

@@ -17,7 +17,7 @@ import torch.utils.checkpoint
 from torch._dynamo.source import ConstantSource
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from effopt.backends.aliasing import SettleAliases
 from effopt.backends.outline import OUTLINED
@@ -188,11 +188,28 @@ def _name_constants(module: GraphModule) -> None:
     module._param_name_to_source = {**sources, **missing}  # type: ignore[assignment]
 
 
+class _InTurn(CustomGraphPass):
+    """Passes one after the other, as one: torch 2.11 takes a single one in a slot."""
+
+    def __init__(self, passes: Sequence[Any]) -> None:
+        self.passes = passes
+
+    def __call__(self, graph: Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        """Of all of them; None, which keeps Inductor from caching, if one has none."""
+        known = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes]
+        return None if None in known else tuple(known)
+
+
 def _first(ours: CustomGraphPass, theirs: Any) -> Any:
     """Our pass, and then the one that the user set for the same slot."""
     if theirs is None:
         return ours
-    return [ours, *(theirs if isinstance(theirs, (list, tuple)) else [theirs])]
+    passes = [ours, *(theirs if isinstance(theirs, (list, tuple)) else [theirs])]
+    return passes if hasattr(custom_graph_pass, "get_custom_graph_passes") else _InTurn(passes)
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
+from torch.torch_version import TorchVersion
 
 import effopt
 from effopt.backends import flex_attention as flex
@@ -29,6 +30,10 @@ B, H, HKV, T, S, D = 2, 4, 2, 300, 330, 16
 LOWEST = torch.finfo(torch.float32).min
 pytestmark = pytest.mark.skipif(
     not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="the CPU kernel wants AVX2"
+)
+taken = pytest.mark.skipif(
+    torch.__version__ < (2, 13),  # type: ignore[operator]  # compares as numbers
+    reason="FlexAttention's CPU kernel was checked from torch 2.13 on, and is refused before",
 )
 
 
@@ -99,6 +104,7 @@ FAST = "documents"
 @pytest.mark.parametrize(
     "name", [n if n == FAST else pytest.param(n, marks=pytest.mark.slow) for n in masks()]
 )
+@taken
 def test_equals_the_op_by_inductor(name: str) -> None:
     inputs, kwargs = operands(), {"scale": 0.3, **masks()[name]}
     assert FLEX.supports(CPU, ops.attention.bind(tuple(inputs), kwargs)) is None
@@ -108,6 +114,7 @@ def test_equals_the_op_by_inductor(name: str) -> None:
 
 
 @pytest.mark.slow
+@taken
 def test_a_mask_and_a_bias_that_the_graph_computes() -> None:
     """Inductor would hand the template their expressions, for which it finds no kernel."""
     inputs = operands()
@@ -128,6 +135,7 @@ def test_a_mask_and_a_bias_that_the_graph_computes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@taken
 def test_other_dtypes_and_head_sizes(dtype: torch.dtype, tolerance: float) -> None:
     inputs = operands(dtype, dv=24)
     kwargs = {"scale": 0.3, "low": -60, "high": 5, "bias": torch.randn(1, H, 1, S), "softcap": 3.0}
@@ -139,6 +147,7 @@ def test_other_dtypes_and_head_sizes(dtype: torch.dtype, tolerance: float) -> No
 
 
 @pytest.mark.slow
+@taken
 def test_operands_that_are_views_of_one_tensor() -> None:
     packed = torch.randn(B, T, 3 * H * D).unflatten(-1, (3 * H, D)).transpose(1, 2)
     inputs, kwargs = list(packed.chunk(3, 1)), {"scale": 0.3, "low": -50, "high": 0}
@@ -190,6 +199,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@taken
 def test_refusal(name: str) -> None:
     kwargs, reason = REFUSED[name]
     said = FLEX.supports(CPU, ops.attention.bind(tuple(operands()), {"scale": 1.0, **kwargs}))
@@ -197,6 +207,7 @@ def test_refusal(name: str) -> None:
     assert reason in said
 
 
+@taken
 def test_operands_and_targets_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def said(inputs: list[Tensor], target: Target = CPU) -> str:
         return str(FLEX.supports(target, ops.attention.bind(tuple(inputs), {"scale": 1.0, "high": 0})))
@@ -210,6 +221,13 @@ def test_operands_and_targets_that_are_refused(monkeypatch: pytest.MonkeyPatch) 
     assert "AVX2" in said(operands())
 
 
+def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1+cpu"))
+    said = FLEX.supports(CPU, ops.attention.bind(tuple(operands()), {"scale": 1.0, "high": 0}))
+    assert said == "FlexAttention's CPU kernel was checked from torch 2.13 on, this is 2.12.1+cpu"
+
+
+@taken
 def test_it_is_measured_and_not_taken_unasked_where_blocks_run() -> None:
     """It is near enough to be measured; in training it has no backward."""
     bound = ops.attention.bind(tuple(operands()), {"scale": 0.3, **masks()["window"]})
@@ -227,6 +245,7 @@ def test_it_is_measured_and_not_taken_unasked_where_blocks_run() -> None:
     assert "has no backward" in refused["flex"]
 
 
+@taken
 def test_symbols_that_are_refused() -> None:
     """Inductor finds no kernel for them; a window of numbers alone is taken."""
     found: dict[str, list[str]] = {}
@@ -269,6 +288,7 @@ def test_symbols_that_are_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
+@taken
 def test_in_a_model_whose_layers_are_outlined(dynamic: bool | None) -> None:
     """Windows of mistral; by symbolic sizes also for other lengths than that of the first call."""
 

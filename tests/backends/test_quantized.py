@@ -21,9 +21,7 @@ from effopt.target import Target, target_of
 
 CPU = target_of(torch.device("cpu"))
 BY_NAME = {low.name: low for low in (*quantized.LOWERINGS, *int8_products.LOWERINGS)}
-EXACT = pytest.mark.skipif(
-    int8_products.inexact() is not None, reason="torch._int_mm does not sum exactly on this processor"
-)
+EXACT = pytest.mark.skipif(int8_products.inexact() is not None, reason=str(int8_products.inexact()))
 WEIGHT_ONLY = ["dequantize", "reduce", pytest.param("int8-digits", marks=EXACT)]
 
 

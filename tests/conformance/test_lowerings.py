@@ -7,6 +7,7 @@ import pkgutil
 
 import pytest
 import torch
+from torch._inductor import custom_graph_pass
 
 import effopt.backends
 from effopt.backends.base import Lowering
@@ -31,7 +32,11 @@ def test_lowering(lowering: Lowering, device: str) -> None:
 def test_every_lowering_is_registered() -> None:
     """One that a file lists and the plugin forgets would never be chosen, and never be missed."""
     registered = {id(low) for _, low in LOWERINGS}
+    # Lists none, and is a class of torch that 2.11 lacks; there it is never imported (backends/inductor.py).
+    left = set() if hasattr(custom_graph_pass, "CustomSchedulerPass") else {"effopt.backends.kernel_files"}
     for module in pkgutil.iter_modules(effopt.backends.__path__, "effopt.backends."):
+        if module.name in left:
+            continue
         listed = getattr(importlib.import_module(module.name), "LOWERINGS", ())
         assert not [low.name for low in listed if id(low) not in registered], module.name
 

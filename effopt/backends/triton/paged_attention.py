@@ -111,8 +111,9 @@ def paged_attention_kernel(
         b_shrink = exponential(b_peak - b_base, UNIT)
         b_total = b_total * b_shrink + tl.sum(b_weight, axis=1)
         p_line = p_value + b_page * value_strides[0] + o_place * value_strides[2]
-        b_value = load_lines(p_line, o_dv, m_line, value_strides[3], VALUE_HEAD, False)
-        b_value = tl.where((m_s & ~m_page)[:, None], float("nan"), b_value).to(DOT)
+        b_value = load_lines(p_line, o_dv, m_line, value_strides[3], VALUE_HEAD, False).to(DOT)
+        # After the cast: the interpreter of Triton 3.6 has no bfloat16 constant, and DOT is float32 there.
+        b_value = tl.where((m_s & ~m_page)[:, None], float("nan"), b_value)
         b_sum = tl.dot(b_weight.to(DOT), b_value, b_sum * b_shrink[:, None], input_precision="ieee")
         b_peak = b_new
 

@@ -92,13 +92,14 @@ def _inputs() -> tuple[Tensor, ...]:
 def _loop(
     q: Tensor, k: Tensor, v: Tensor, decay: Step | None = None, bend: Step | None = None, read: Any = None
 ) -> Tensor:
+    # `is not None`: Dynamo 2.11 does not know that a function is true.
     s, out = q.new_zeros(2, 3, 4, 5), []
     for t in range(q.shape[2]):
         old = s
-        s = s * decay(t) if decay else s
+        s = s * decay(t) if decay is not None else s
         s = s + k[:, :, t, :, None] * v[:, :, t, None]
-        s = bend(s) if bend else s
-        out.append((q[:, :, t, :, None] * (read(s, old) if read else s)).sum(-2))
+        s = bend(s) if bend is not None else s
+        out.append((q[:, :, t, :, None] * (read(s, old) if read is not None else s)).sum(-2))
     return torch.stack(out, 2)
 
 

@@ -89,7 +89,7 @@ def _loop(decay: Tensor, added: Tensor, c: Tensor, bend: Any = None, steps: Any 
     h, ys = torch.zeros_like(added[:, :, 0]), []
     for t in steps:
         h = decay[:, :, t] * h + added[:, :, t]
-        h = bend(h) if bend else h
+        h = bend(h) if bend is not None else h  # Dynamo 2.11 knows no truth of functions
         ys.append((h @ c[:, :, t].unsqueeze(-1))[:, :, 0])
     return torch.stack(ys, -1)
 

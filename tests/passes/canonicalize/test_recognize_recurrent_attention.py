@@ -227,7 +227,7 @@ def looped(update: Body, read: Body | None = None) -> Body:
             kv = k[:, :, t, :, None] * v[:, :, t, None]
             s = update(s, kv, g, t)
             weighed = (q[:, :, t, :, None] * s).sum(-2)
-            out.append(read(weighed, q, s, t) if read else weighed)
+            out.append(read(weighed, q, s, t) if read is not None else weighed)
         return torch.stack(out, 2)
 
     return loop
