@@ -47,8 +47,9 @@ class Row:
 
     name: str
     blocks: int
-    inductor: int = 0
-    effopt: int = 0
+    inductor: int | None = None
+    effopt: int | None = None
+    """Blocks that each takes; None: it was not run."""
     inductor_error: float = float("nan")
     effopt_error: float = float("nan")
     reasons: list[str] = field(default_factory=list)
@@ -90,14 +91,14 @@ def compiled(model: torch.nn.Module, compiler: str, graphs_only: bool) -> Any:
     return torch.compile(model, backend=compiler, options={"lowering": "eager"})
 
 
-def measure(name: str, graphs_only: bool = False) -> Row:
+def measure(name: str, compilers: list[str], graphs_only: bool = False) -> Row:
     """Run one architecture three ways."""
     row = Row(name, blocks_of(name))
     model, inputs = (build_other if name in OTHER_KINDS else build)(name, "eager")
     settings = torch._inductor.config.patch(force_disable_caches=True, fallback_random=True)
     with torch.no_grad(), settings:
         eager = outputs(model, inputs)
-        for compiler in ("inductor", "effopt"):
+        for compiler in compilers:
             torch._dynamo.reset()
             counters.clear()
             try:
@@ -115,30 +116,39 @@ def measure(name: str, graphs_only: bool = False) -> Row:
     return row
 
 
+def cell(row: Row, compiler: str) -> str:
+    """How many blocks, empty if the compiler was not run."""
+    count = getattr(row, compiler)
+    return "" if count is None else str(count)
+
+
 def table(rows: list[Row]) -> str:
     """For the page: totals first, then a line for each architecture."""
-    blocks, inductor, effopt = (sum(getattr(r, x) for r in rows) for x in ("blocks", "inductor", "effopt"))
+    totals = []
+    for compiler in ("Inductor", "effopt"):
+        run = [row for row in rows if getattr(row, compiler.lower()) is not None]
+        taken, blocks = sum(getattr(r, compiler.lower()) for r in run), sum(r.blocks for r in run)
+        totals.append(f"{compiler} takes **{taken}** of {blocks} blocks in {len(run)} architectures")
     on = machine()
     lines = [
         f"torch {on['torch']}, transformers {transformers.__version__}, {on['processor']}.",
         "",
-        f"{blocks} blocks of {len(rows)} architectures: Inductor takes **{inductor}**, effopt **{effopt}**.",
+        "; ".join(totals) + ".",
         "",
         "| architecture | blocks | Inductor | effopt | error of Inductor | of effopt |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         cells = (
-            row.failures.get("inductor", "")[:60] or row.inductor,
-            row.failures.get("effopt", "")[:60] or row.effopt,
-            *(f"{getattr(row, f'{way}_error'):.0e}" for way in ("inductor", "effopt")),
+            *(row.failures.get(way, "")[:60] or cell(row, way) for way in ("inductor", "effopt")),
+            *(f"{getattr(row, f'{way}_error'):.0e}".replace("nan", "") for way in ("inductor", "effopt")),
         )
         lines.append(f"| {row.name} | {row.blocks} | " + " | ".join(map(str, cells)) + " |")
-    left = [row for row in rows if row.effopt < row.blocks]
+    left = [row for row in rows if row.effopt is not None and row.effopt < row.blocks]
     lines += ["", f"Left alone by effopt, in {len(left)} architectures:", ""] if left else []
     for row in left:
         why = "; ".join(row.reasons or [*row.failures.values()])
-        lines.append(f"- {row.name}, {row.blocks - row.effopt} of {row.blocks}: {why}")
+        lines.append(f"- {row.name}, {row.blocks - (row.effopt or 0)} of {row.blocks}: {why}")
     return "\n".join(lines)
 
 
@@ -146,6 +156,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--names", type=lambda text: text.split(","), default=[*ARCHITECTURES, *MORE, *OTHER_KINDS]
+    )
+    parser.add_argument(
+        "--compilers",
+        type=lambda text: text.split(","),
+        default=["inductor", "effopt"],
+        help="or one of them",
     )
     parser.add_argument("--graphs", action="store_true", help="generate no code")
     parser.add_argument("--json", type=Path)
@@ -156,7 +172,7 @@ def main() -> None:
     rows: list[Row] = []
     for name in arguments.names:
         if blocks_of(name):
-            rows.append(measure(name, arguments.graphs))
+            rows.append(measure(name, arguments.compilers, arguments.graphs))
             print(asdict(rows[-1]), flush=True)
     text = table(rows)
     print(text)

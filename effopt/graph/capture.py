@@ -139,8 +139,9 @@ def _drop_idle_dropouts(module: GraphModule) -> bool:
 
 def _is_idle(node: Node) -> bool:
     named = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
-    training = named.get("training", named.get("train", True))
-    return isinstance(named.get("input"), Node) and (training is False or named.get("p") == 0)
+    training, p = named.get("training", named.get("train", True)), named.get("p")
+    does_nothing = training is False or (isinstance(p, (int, float)) and p == 0)
+    return does_nothing and isinstance(named.get("input"), Node)
 
 
 def _trace(module: GraphModule, inputs: list[Any]) -> tuple[GraphModule, Any]:
