@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,7 +51,10 @@ def read(m: Match) -> AttentionForm:
     )
     start = _product(m)
     scores = fold(start, m.steps)
+    keys_whole = scores.split is None or scores.split.counts[-1] == 1
+    require(keys_whole, "softmax is taken over a part of the keys, which a view has split", m.root)
     scores = fold(scores, [s for s in m.after if s.tag not in ("dropout", "native")])
+    require(scores.split is None, "weights whose rows or keys a view has split meet the value", m.root)
     value_rank = len(shape_of(m.value))
     require(
         value_rank == len(shape_of(m.root)),
@@ -66,9 +69,9 @@ def read(m: Match) -> AttentionForm:
         shifts = step.tag != "shift" or is_row_maximum(step.peak, step.node.args[0])
         require(shifts, "something else than the row maximum is subtracted before softmax", step.node)
     sinks = _sinks_of(m, scores) if m.sinks is not None else None
-    return AttentionForm(
-        m.query, m.key, m.value, scores, _dropout_p(m.after), sinks, m.softmax_kind == SAFE_SOFTMAX, m.root
-    )
+    require(not (sinks and scores.zeroed), "weights beside a sink become 0 where they are masked", m.root)
+    zeroed = scores.zeroed or m.softmax_kind == SAFE_SOFTMAX
+    return AttentionForm(m.query, m.key, m.value, scores, _dropout_p(m.after), sinks, zeroed, m.root)
 
 
 def _product(m: Match) -> Scores:
@@ -81,14 +84,15 @@ def _product(m: Match) -> Scores:
         "the factors of baddbmm are not known when compiling",
         m.product,
     )
-    start = Scores(scale=float(alpha or 0.0), frame=frame, widest=frame)
+    splits = len(shape_of(m.root)) == len(shape_of(m.product))
+    start = Scores(scale=float(alpha or 0.0), frame=frame, widest=frame, batch_may_split=splits)
     if m.added is not None and beta:
         require(
             heads.broadcasts(shape_of(m.added), shape_of(m.product)),
             "the added bias does not broadcast",
             m.added,
         )
-        start = Scores(start.scale, terms=(Term(m.added, float(beta)),), frame=frame, widest=frame)
+        start = replace(start, terms=(Term(m.added, float(beta)),))
     return start
 
 
@@ -240,6 +244,10 @@ def _mask(emit: Emit, masks: tuple[Term, ...]) -> Node:
 
 
 def _reshaped(emit: Emit, node: Node, term: Term) -> Node:
+    if term.joined is not None:
+        spread, sizes = (list(x) for x in term.joined)
+        node = emit(_aten.expand.default, node, spread)
+        node = emit(_aten.reshape.default, node, sizes)
     if term.lead is None:
         return node
     tail = [_size(emit, node, d) for d in (-2, -1)[-min(2, len(shape_of(node))) :]]

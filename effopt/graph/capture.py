@@ -26,6 +26,7 @@ from effopt.graph import autocast, normalize, opaque
 from effopt.graph.capture_blocks import export_in_blocks
 from effopt.graph.values import MUTATED, val
 
+_DROPOUTS = (torch.nn.functional.dropout, torch.dropout)
 _SHARED = "an input is written in place and shares storage with another input"
 
 
@@ -100,7 +101,7 @@ def _export(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, An
     with opaque.set_aside(copied) as calls, _autocast_for(copied):
         try:
             in_blocks = None if calls or autocast.is_on(copied) else export_in_blocks(copied, inputs, _trace)
-            exported, signature = in_blocks or _trace(copied, list(inputs))
+            exported, signature = in_blocks or _trace_with_writes(copied, list(inputs))
         except Exception as error:
             text = str(error).strip()
             if "aliased inputs that are mutated" in text:
@@ -110,6 +111,37 @@ def _export(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, An
     if not isinstance(exported, GraphModule):
         raise CaptureRefused("functional capture gave no graph")
     return exported, signature, calls
+
+
+def _trace_with_writes(module: GraphModule, inputs: list[Any]) -> tuple[GraphModule, Any]:
+    """As `_trace`, once more without dropouts that do nothing if one of them stands before a write."""
+    try:
+        return _trace(module, inputs)
+    except RuntimeError as error:
+        if "frozen storage" not in str(error) or not _drop_idle_dropouts(module):
+            raise
+        return _trace(module, inputs)
+
+
+def _drop_idle_dropouts(module: GraphModule) -> bool:
+    """Use the operand of dropouts that return it; whether there were any. Edits the graph.
+
+    Dropout stays whole in a pre-dispatch trace, and functional tensors do not know then that its result
+    is its operand: a write to it is refused (torch 2.13).
+    """
+    idle = [node for node in module.graph.nodes if node.target in _DROPOUTS and _is_idle(node)]
+    for node in idle:
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        module.graph.erase_node(node)
+    module.recompile()
+    return bool(idle)
+
+
+def _is_idle(node: Node) -> bool:
+    named = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+    training, p = named.get("training", named.get("train", True)), named.get("p")
+    does_nothing = training is False or (isinstance(p, (int, float)) and p == 0)
+    return does_nothing and isinstance(named.get("input"), Node)
 
 
 def _trace(module: GraphModule, inputs: list[Any]) -> tuple[GraphModule, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tests.graph.capture_cases import assert_as_in_eager, make
 
@@ -151,3 +152,46 @@ def test_aliased_inputs(name: str, how: str) -> None:
     reads_both = name != "filled_and_read"
     refused = "shares storage" if reads_both and how in ("view", "overlap") else None
     assert_as_in_eager(WRITES[name], aliased(how), around=torch.no_grad, refused=refused)
+
+
+class AfterDropout:
+    """Programs that write into what a dropout returns that does nothing: its operand."""
+
+    @staticmethod
+    def result(x, y):
+        hidden = F.dropout(x * 2, 0.5, training=False)
+        hidden *= y
+        return hidden
+
+    @staticmethod
+    def operand_read_later(x, y):
+        hidden = x * 2
+        F.dropout(hidden, 0.5, training=False).mul_(y)
+        return hidden + 1
+
+    @staticmethod
+    def view(x, y):
+        hidden = F.dropout(input=x * 2, p=0.5, training=False)
+        hidden[1:].masked_fill_(y[1:] > 0, -1.0)
+        return hidden
+
+    @staticmethod
+    def probability_zero(x, y):
+        hidden = torch.dropout(x * 2, 0.0, train=True)
+        hidden.add_(y)
+        return F.dropout(hidden, 0.5, training=False)
+
+    @staticmethod
+    def an_input(x, y):
+        F.dropout(x, 0.5, training=False).add_(y)
+        return x * y
+
+
+AFTER_DROPOUT = {k: v.__func__ for k, v in vars(AfterDropout).items() if isinstance(v, staticmethod)}
+
+
+@pytest.mark.parametrize("name", AFTER_DROPOUT)
+def test_dropout_that_does_nothing_is_written(name: str) -> None:
+    """XLM writes into what its dropout returns; in a trace that keeps dropout whole, torch refuses that."""
+    report = assert_as_in_eager(AFTER_DROPOUT[name], make((4, 3), (4, 3)), around=torch.no_grad)
+    assert not [graph.refused for graph in report.graphs if graph.refused]

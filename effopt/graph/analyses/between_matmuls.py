@@ -25,6 +25,7 @@ _SEEN_THROUGH = (
     ),
     *(_aten.cat.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.contiguous.default),
     *(_aten.masked_fill.Scalar, _aten.masked_fill.Tensor, _aten.max.dim, _aten.amax.default),
+    *(_aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar),
     *(_aten.pad.default, _aten.constant_pad_nd.default, _aten.type_as.default),
     *(_aten.flip.default, _aten.roll.default, _aten.tril.default, _aten.triu.default),
 )

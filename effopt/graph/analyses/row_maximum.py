@@ -12,11 +12,17 @@ from effopt.graph.matching import bound_arguments
 from effopt.graph.values import shape_of
 
 _aten = torch.ops.aten
+_PASSED = (_aten.detach.default, _aten._to_copy.default, _aten.unsqueeze.default)
 
 
 def is_row_maximum(node: Any, of: Any) -> bool:
     """Whether `node` is the maximum of `of` over its last dimension: softmax does not see it subtracted."""
-    while isinstance(node, Node) and node.target in (_aten.detach.default, _aten._to_copy.default):
+    kept = True
+    while isinstance(node, Node) and node.target in _PASSED:
+        if node.target is _aten.unsqueeze.default:
+            if not kept or node.args[1] not in (-1, len(shape_of(node)) - 1):
+                return False
+            kept = False
         node = node.args[0]
     if isinstance(node, Node) and node.target is operator.getitem and node.args[1] == 0:
         node = node.args[0]
@@ -25,6 +31,5 @@ def is_row_maximum(node: Any, of: Any) -> bool:
     arguments = bound_arguments(node)
     rank = len(shape_of(arguments["self"]))
     dims = arguments["dim"] if isinstance(arguments["dim"], (list, tuple)) else [arguments["dim"]]
-    return (
-        arguments["self"] is of and bool(arguments["keepdim"]) and [int(d) % rank for d in dims] == [rank - 1]
-    )
+    is_last = [int(d) % rank for d in dims] == [rank - 1]
+    return arguments["self"] is of and bool(arguments["keepdim"]) == kept and is_last

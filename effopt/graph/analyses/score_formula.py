@@ -26,6 +26,18 @@ class Term:
     inverted: bool = False
     lead: tuple[Any, ...] | None = None
     """Leading size arguments to reshape the node to, if its own leading dimensions are merged."""
+    joined: tuple[Shape, Shape] | None = None
+    """Sizes to expand the node to, then to reshape it to, before `lead`: it was added to split scores."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Dimensions of scores `[*frame, t, s]`, each as one dimension or several that are it in order."""
+
+    counts: tuple[int, ...]
+    """Of each dimension, into how many."""
+    sizes: Shape
+    """Size arguments of the dimensions they are split into."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +54,17 @@ class Scores:
     """(mul or div overload, tensor) applied per query row or head, before everything else."""
     halves: bool = False
     """Whether gradients of masked scores are halved, as `max` of two equal numbers does."""
+    shifted: bool = False
+    """Whether the maximum of each row is subtracted: softmax does not see that, tanh and a fill do."""
+    zeroed: bool = False
+    """Whether weights are set to 0 where the masks hide keys, so that a row without a key gives 0."""
     frame: Shape = ()
     """Leading sizes of the scores at this step."""
     frame_args: tuple[Any, ...] | None = None
     """Size arguments that reshape the leading dimensions to the widest frame seen; None: as the product."""
     widest: Shape = field(default=())
     """Leading sizes of the widest frame seen."""
+    batch_may_split: bool = False
+    """Whether the result has the rank of the product: a batch that is split is joined again."""
+    split: Split | None = None
+    """What a view has split the dimensions of the scores into at this step; None: it has not."""

@@ -19,10 +19,11 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from effopt.graph.analyses.heads import broadcasts, equal
+from effopt.graph.analyses.heads import equal
 from effopt.graph.analyses.masks.least_number import least_number
 from effopt.graph.analyses.row_maximum import is_row_maximum
-from effopt.graph.analyses.score_formula import ABSORBING, Scores, Shape, Term
+from effopt.graph.analyses.score_formula import ABSORBING, Scores, Term
+from effopt.graph.analyses.score_frames import in_frame, reshaped
 from effopt.graph.constants import constant_number, guarded_number
 from effopt.graph.pattern import Step
 from effopt.graph.rewrite import require
@@ -90,7 +91,8 @@ def _by_tensor(scores: Scores, step: Step) -> Scores:
         "the scores are multiplied elementwise by a tensor that differs between keys",
         step.node,
     )
-    plain = not (scores.terms or scores.masks or scores.softcap or scores.frame_args)
+    reframed = scores.frame_args or scores.split
+    plain = not (scores.terms or scores.masks or scores.softcap or reframed)
     require(
         plain, "a tensor scales the scores after a mask, bias, soft-cap or reshape was applied", step.node
     )
@@ -102,6 +104,7 @@ def _by_tensor(scores: Scores, step: Step) -> Scores:
 def _tanh(scores: Scores, step: Step) -> Scores:
     plain = not (scores.terms or scores.masks or scores.softcap)
     require(plain, "tanh of scores that already have a mask, bias or soft-cap", step.node)
+    require(not scores.shifted, "tanh of scores from which their row maximum is subtracted", step.node)
     return replace(scores, softcap=1.0)
 
 
@@ -114,8 +117,9 @@ def _sub(scores: Scores, step: Step) -> Scores:
 
 
 def _shift(scores: Scores, step: Step) -> Scores:
+    require(scores.split is None, "a maximum is subtracted while rows or keys are split", step.node)
     require(is_row_maximum(step.peak, _inner(step)), "a maximum over something else is subtracted", step.node)
-    return scores
+    return replace(scores, shifted=True)
 
 
 def _plus(scores: Scores, step: Step, sign: float) -> Scores:
@@ -127,7 +131,7 @@ def _plus(scores: Scores, step: Step, sign: float) -> Scores:
         require(False, "a symbolic number is added to all scores", step.node)
     require(val(step.term).dtype != torch.bool, "a boolean tensor is added to the scores", step.node)
     scores = _masks_as_terms(scores, step.node)
-    term = _in_frame(Term(step.term, sign), scores, step.node)
+    term = in_frame(Term(step.term, sign), scores, step.node)
     return replace(scores, terms=(*scores.terms, term))
 
 
@@ -168,8 +172,11 @@ def _mask(scores: Scores, step: Step, inverted: bool) -> Scores:
         f"two masks fill with different numbers, {scores.fill} and {fill}; use one fill",
         step.node,
     )
+    absorbs = fill <= ABSORBING or not scores.shifted
+    reason = f"masked scores become {fill} beside others from which the row maximum is subtracted"
+    require(absorbs, f"{reason}; mask before that, or with -inf", step.node)
     condition, inverted = _strip_not(condition, inverted)
-    mask = _in_frame(Term(condition, inverted=inverted), scores, step.node)
+    mask = in_frame(Term(condition, inverted=inverted), scores, step.node)
     return replace(scores, masks=(*scores.masks, mask), fill=fill)
 
 
@@ -209,6 +216,24 @@ def _floor(scores: Scores, step: Step) -> Scores:
     return replace(scores, terms=terms, fill=fill, halves=scores.halves or halves)
 
 
+def _zeroed(scores: Scores, step: Step) -> Scores:
+    """Weights set to 0 where their scores are masked: that changes rows which see no key, and no other."""
+    condition, inverted = (step.seen, False) if step.hidden is None else (step.hidden, True)
+    condition, inverted = _strip_not(condition, inverted)
+    mask = Term(condition, inverted=inverted)
+    require(scores.masks == (mask,), "weights become 0 by another mask than that of their scores", step.node)
+    weights: Any = step.node.args[1 if step.hidden is None else 0]
+    unmoved = equal(shape_of(weights), shape_of(step.node)) and equal(scores.frame, scores.widest)
+    require(unmoved, "weights become 0 in another shape than that in which scores are masked", step.node)
+    fill = scores.fill or 0.0
+    require(
+        fill <= ABSORBING,
+        f"masked scores are {fill}, which is not so low that their weights are 0 before they become that",
+        step.node,
+    )
+    return replace(scores, fill=-math.inf, zeroed=True)
+
+
 def _cast(scores: Scores, step: Step) -> Scores:
     require(val(step.node).dtype.is_floating_point, "the scores are cast to an integer type", step.node)
     return scores
@@ -217,60 +242,6 @@ def _cast(scores: Scores, step: Step) -> Scores:
 def _dropout(scores: Scores, step: Step) -> Scores:
     require(not step.train or step.p == 0, "dropout on the scores, before softmax", step.node)
     return scores
-
-
-def _view(scores: Scores, step: Step) -> Scores:
-    before, after = shape_of(_inner(step)), shape_of(step.node)
-    require(
-        len(before) >= 2 and len(after) >= 2, "the scores are reshaped to fewer than 2 dimensions", step.node
-    )
-    require(
-        equal(before[-2:], after[-2:]),
-        f"the scores are reshaped from {list(before)} to {list(after)}: rows or keys move",
-        step.node,
-    )
-    frame = after[:-2]
-    if len(frame) <= len(scores.widest):
-        regrouped = len(frame) == len(scores.widest) and not equal(frame, scores.widest)
-        require(
-            not regrouped,
-            f"the batch and head dimensions {list(scores.widest)} become {list(frame)}",
-            step.node,
-        )
-        return replace(scores, frame=frame)
-    lead = tuple(step.sizes[:-2])
-    terms = tuple(_to_frame(t, scores, lead, step.node) for t in scores.terms)
-    masks = tuple(_to_frame(m, scores, lead, step.node) for m in scores.masks)
-    return replace(scores, frame=frame, widest=frame, frame_args=lead, terms=terms, masks=masks)
-
-
-def _to_frame(term: Term, scores: Scores, lead: Shape, where: Node) -> Term:
-    sizes = shape_of(term.node)[:-2]
-    if all(statically_known_true(s == 1) for s in sizes):
-        return term
-    return replace(term, lead=_full(sizes, scores.frame, lead, where))
-
-
-def _in_frame(term: Term, scores: Scores, where: Node) -> Term:
-    """A term at the present frame, brought to the widest one."""
-    own, total = shape_of(term.node), shape_of(where)
-    require(
-        broadcasts(own, total),
-        f"a mask or bias {list(own)} does not broadcast to the scores {list(total)}",
-        where,
-    )
-    require(equal(total[:-2], scores.frame), f"a mask or bias enlarges the scores to {list(total)}", where)
-    sizes = own[:-2]
-    if len(scores.widest) == len(scores.frame) or all(statically_known_true(s == 1) for s in sizes):
-        return term
-    return replace(term, lead=_full(sizes, scores.frame, scores.frame_args or scores.widest, where))
-
-
-def _full(sizes: Shape, frame: Shape, lead: Shape, where: Node) -> Shape:
-    reason = "a mask or bias broadcasts over merged batch and head dimensions; apply it in 4-D"
-    require(equal(sizes, frame), reason, where)
-    require(not any(isinstance(s, torch.SymInt) for s in lead), reason, where)
-    return lead
 
 
 _STEPS: dict[str, Callable[[Scores, Step], Scores]] = {
@@ -284,8 +255,9 @@ _STEPS: dict[str, Callable[[Scores, Step], Scores]] = {
     "drop": _drop,
     "masked": _drop,
     "floor": _floor,
+    "zeroed": _zeroed,
     "cast": _cast,
     "dropout": _dropout,
-    "view": _view,
+    "view": reshaped,
     "clone": lambda scores, step: scores,
 }

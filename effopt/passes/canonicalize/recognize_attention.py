@@ -108,7 +108,8 @@ def _softmax(op: OpBuilder, scores: Any) -> Any:
 
 
 def _shift(op: OpBuilder) -> Any:
-    largest = any_of(op.getitem(op.max(ANY, ANY, True), 0), op.amax(ANY, ANY, True))
+    largest = any_of(op.getitem(op.max(ANY, ANY, ANY), 0), op.amax(ANY, ANY, ANY))
+    largest = any_of(largest, op.unsqueeze(largest, ANY))
     return op.sub(HOLE, Named("peak", any_of(largest, op.detach(largest))))
 
 
@@ -138,4 +139,6 @@ def _on_scores(op: OpBuilder) -> dict[str, Any]:
 
 def _on_weights(op: OpBuilder) -> dict[str, Any]:
     native = op.getitem(op.native_dropout(HOLE, C("p"), C("train")), 0)
-    return _views(op) | {"dropout": op.dropout(HOLE, C("p"), C("train")), "native": native}
+    dropouts = {"dropout": op.dropout(HOLE, C("p"), C("train")), "native": native}
+    hidden, seen = op.masked_fill(HOLE, tensor("hidden"), 0), op.where(tensor("seen"), HOLE, 0)
+    return _views(op) | dropouts | {"zeroed": any_of(hidden, seen)}
