@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecat
 SMALL = ("vitdet", "sew-d")
 CALLING_SDPA = ("vit", "beit", "swin", "dinov2", "clip", "hiera", "whisper", "wav2vec2", "bart", "esm")
 TRAINED = (
-    *("swinv2", "vitdet", "timesformer", "sew-d", "wavlm", "clap"),
+    *("swinv2", "vitdet", "timesformer", "wavlm", "clap"),
     *("bart", "t5", "prophetnet", "layoutlmv3", "funnel", "patchtst"),
 )
 GENERATING = ("t5", "umt5", "bart", "mbart", "pegasus", "marian", "m2m-100", "blenderbot", "bigbird-pegasus")
