@@ -84,8 +84,13 @@ def weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return (query @ key.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1)
 
 
-def measure(model: Any, reference: Reference, texts: Any, spec: str, tier: Tier) -> dict[str, Any]:
-    """One way: figures against the dense model, density, recall, FLOPs relative to dense attention."""
+def measure(
+    model: Any, reference: Reference, texts: Any, spec: str, tier: Tier, probes: Any = ()
+) -> dict[str, Any]:
+    """One way: figures against the dense model, density, recall, FLOPs relative to dense attention.
+
+    What is counted is counted on the texts.
+    """
     torch._dynamo.reset()
     options = {"passes": spec or (), "verify": "off"}
 
@@ -95,6 +100,7 @@ def measure(model: Any, reference: Reference, texts: Any, spec: str, tier: Tier)
     compiled = torch.compile(model.forward, backend=own, dynamic=False, options=options)
     with torch.no_grad(), record() as report, Counted() as counted:
         quality = evaluate(lambda ids: compiled(input_ids=ids), texts, reference=reference, tier=tier)
+    recalled = evaluate(lambda ids: compiled(input_ids=ids), texts[:1], probes=probes, tier=tier)
     op = "block_sparse_attention" if spec else "attention"
     ran = [low.kernel for graph in report.graphs for low in graph.lowerings if low.op == op]
     assert not report.faults, report.faults
@@ -106,7 +112,7 @@ def measure(model: Any, reference: Reference, texts: Any, spec: str, tier: Tier)
         "density": counted.pairs / counted.open if spec else 1.0,
         "attention_recall": counted.weight / counted.rows if spec else 1.0,
         "scoring": scoring_share(spec, tier.context, model.config),
-        **{name: dataclasses.asdict(interval) for name, interval in quality.metrics.items()},
+        **{name: dataclasses.asdict(x) for name, x in (recalled.metrics | quality.metrics).items()},
     }
 
 

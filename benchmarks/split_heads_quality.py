@@ -19,6 +19,8 @@ import argparse
 import copy
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +50,31 @@ def compiled(model: Any, plan: Any, lowering: str = "auto") -> Any:
     return torch.compile(copy.deepcopy(model).forward, backend="effopt", dynamic=False, options=options)
 
 
+@dataclass(frozen=True)
+class Judge:
+    """A model, and what its plans are measured on."""
+
+    model: Any
+    texts: Sequence[quality.Text]
+    probes: Sequence[quality.Probe] = ()
+    tier: quality.Tier = quality.QUICK
+    prompt: int = PROMPT
+    length: int = LENGTH
+    """Tokens of the prompt that a cache is filled from, and tokens that it has room for."""
+
+
 @torch.no_grad()
-def attention_recall(model: Any, texts: Any, plan: Any) -> float:
+def attention_recall(judge: Judge, plan: Any) -> float:
     """Share of the dense model's weights that lie on keys which its heads see under a plan."""
-    dense = copy.deepcopy(model)
+    dense = copy.deepcopy(judge.model)
     dense.set_attn_implementation("eager")
-    length = quality.QUICK.context
-    rows = [text.tokens[:length] for text in texts if len(text.tokens) >= length][: quality.QUICK.texts]
-    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    length, config = judge.tier.context, dense.config
+    rows = [t.tokens[:length] for t in judge.texts if len(t.tokens) >= length][: quality.QUICK.texts]
+    group = config.num_attention_heads // config.num_key_value_heads
     kept = []
     for row in rows:
         attentions = dense(row[None], output_attentions=True).attentions
-        for weights, entry in zip(attentions, plan.sections[0].entries, strict=True):
+        for weights, entry in zip(attentions, entries(plan), strict=True):
             by_head = torch.ones(weights.shape[1], dtype=torch.float64)
             for head in (entry.decision or {}).get("streaming", ()):
                 seen = seen_by_streaming(length, entry.decision["sink"], entry.decision["recent"])
@@ -75,38 +90,43 @@ def seen_by_streaming(length: int, sink: int, recent: int) -> Tensor:
     return (at < sink) | (at > at.unsqueeze(-1) - recent)
 
 
-def measure(model: Any, texts: Any, batches: Any, share: float, recent: int) -> dict[str, Any]:
-    """One row of the table."""
-    plan = effopt.calibrate(
-        model, batches, f"split-heads-by-role{{retrieval={share},sink={SINK},recent={recent}}}"
-    )
+def measure(judge: Judge, plan: Any) -> dict[str, Any]:
+    """What a plan costs in quality, and the kernels that ran."""
+    model = judge.model
     with torch.no_grad(), effopt.record() as report:
-        found = quality.evaluate(compiled(model, plan), texts, reference=model, tier=quality.QUICK)
+        found = quality.evaluate(
+            compiled(model, plan), judge.texts, reference=model, probes=judge.probes, tier=judge.tier
+        )
     ran = [low.kernel for graph in report.graphs for low in graph.lowerings if low.op == "attention"]
     assert len(ran) >= model.config.num_hidden_layers * len(report.graphs), ran
     assert "reference" not in ran, ran
-    prompt = texts[0].tokens[None, :PROMPT]
+    return {
+        "streaming_kv_heads": sum(len((e.decision or {}).get("streaming", ())) for e in entries(plan)),
+        "kernels": sorted(set(ran)),
+        "attention_recall": attention_recall(judge, plan),
+        **{name: vars(interval) for name, interval in found.metrics.items()},
+    }
+
+
+def held(judge: Judge, plan: Any) -> dict[str, int]:
+    """Bytes of the plan's cache, and of an ordinary one, once both gave the same tokens."""
+    model, length = judge.model, judge.length
+    prompt = judge.texts[0].tokens[None, : judge.prompt]
     tokens, kv_bytes = [], []
     for is_split in (True, False):
-        cache: Any = effopt.cache_for(model, plan, max_cache_len=LENGTH)
+        cache: Any = effopt.cache_for(model, plan, max_cache_len=length)
         forward = compiled(model, plan, "eager")  # the tokens and the bytes, which no kernel changes
-        decoder = Decoder(forward, cache if is_split else StaticCache(model.config, LENGTH), prompt, LENGTH)
+        decoder = Decoder(forward, cache if is_split else StaticCache(model.config, length), prompt, length)
         tokens.append([int(decoder.decode(1)) for _ in range(STEPS)])
         kv_bytes.append(decoder.kv_bytes)
     if tokens[0] != tokens[1]:
-        raise SystemExit(f"the two caches give other tokens at retrieval={share}, recent={recent}")
-    metrics = {name: vars(interval) for name, interval in found.metrics.items()}
-    streaming = sum(len((e.decision or {}).get("streaming", ())) for e in plan.sections[0].entries)
-    return {
-        "retrieval": share,
-        "recent": recent,
-        "streaming_kv_heads": streaming,
-        "kernels": sorted(set(ran)),
-        "attention_recall": attention_recall(model, texts, plan),
-        "kv_bytes": kv_bytes[0],
-        "ordinary_kv_bytes": kv_bytes[1],
-        **metrics,
-    }
+        raise SystemExit(f"the two caches give other tokens under\n{plan}")
+    return {"kv_bytes": kv_bytes[0], "ordinary_kv_bytes": kv_bytes[1]}
+
+
+def entries(plan: Any) -> Any:
+    """The layers of a plan of this pass alone."""
+    return plan.sections[0].entries
 
 
 def as_table(result: dict[str, Any]) -> str:
@@ -155,7 +175,10 @@ def main() -> None:
         "rows": [],
     }
     for share, recent in (WAYS[i] for i in settings.ways):
-        result["rows"].append(measure(model, texts, batches, share, recent))
+        spec = f"split-heads-by-role{{retrieval={share},sink={SINK},recent={recent}}}"
+        judge, plan = Judge(model, texts), effopt.calibrate(model, batches, spec)
+        row = {"retrieval": share, "recent": recent, **measure(judge, plan), **held(judge, plan)}
+        result["rows"].append(row)
         print(as_table(result).splitlines()[-1], flush=True)
     settings.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if settings.page:

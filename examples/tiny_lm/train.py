@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,10 +84,10 @@ def optimizers(model: Any, rate: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def loss_of(model: Any, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean cross-entropy in nats. Matrix products in bfloat16, all else and weights in float32."""
+def loss_of(model: Any, tokens: torch.Tensor, weights: torch.Tensor, is_mixed: bool = True) -> torch.Tensor:
+    """Weighted mean cross-entropy in nats. `is_mixed`: matrix products in bfloat16, all else in float32."""
     positions = torch.arange(weights.shape[1], device=tokens.device)[None]
-    with torch.autocast(tokens.device.type, torch.bfloat16):
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=is_mixed):
         logits = model(input_ids=tokens[:, :-1], position_ids=positions, use_cache=False).logits
     losses = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     return (losses * weights.flatten()).sum() / weights.sum()
@@ -96,11 +96,21 @@ def loss_of(model: Any, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Te
 def train_step(
     run: Run, loss_fn: Any, plan: Plan, seed: int, rate: float, recall_share: float
 ) -> dict[str, float]:
-    """One step; returns what it adds to the log: tokens read before it, loss in bits per token, seconds."""
-    (stage, _), began, read = plan.at(run.step), time.perf_counter(), plan.tokens_before(run.step)
-    first = read // stage.length
-    shape = stage.size, stage.length, first
-    loss = loss_fn(run.model, *data.batch(seed, run.step, *shape, recall_share, stage.answer_weight))
+    """One step on the corpus; returns what it adds to the log."""
+    stage, _ = plan.at(run.step)
+    shape = stage.size, stage.length, plan.tokens_before(run.step) // stage.length
+    batch = data.batch(seed, run.step, *shape, recall_share, stage.answer_weight)
+    return descend(run, loss_fn, plan, batch, rate)
+
+
+def descend(
+    run: Run, loss_fn: Any, plan: Plan, batch: Sequence[torch.Tensor], rate: float
+) -> dict[str, float]:
+    """One step on a batch; returns what it adds to the log: tokens read before it, loss in bits per token,
+    seconds.
+    """
+    began, read = time.perf_counter(), plan.tokens_before(run.step)
+    loss = loss_fn(run.model, *batch)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0, error_if_nonfinite=True)
     for optimizer in run.optimizers:
