@@ -89,7 +89,8 @@ def recurrences(graph: Graph) -> Found:
         )
         try:
             found.append(_recurrence(chain, lockstep))
-            told.update(step.node for step in chain)
+            # Its read-outs too: what decays a state and adds to it for a token alone looks like a step.
+            told.update(found[-1].nodes)
         except Reject as why:
             # A sum of many things, such as a residual stream, is no loop that failed.
             reason = why.reason if lockstep.has_parts else in_chunks(chain)
