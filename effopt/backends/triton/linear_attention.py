@@ -33,7 +33,6 @@ from effopt.backends.triton.attention_scores import load_lines
 from effopt.backends.triton.linear_attention_call import (
     STAGES,
     STATE_STAGES,
-    STATE_VALUES,
     LinearCall,
     checked,
 )
@@ -166,7 +165,7 @@ def run_states(
     call: LinearCall, x: Tensor, y: Tensor, first: Tensor | None, states: Tensor, last: Tensor, how: Any
 ) -> None:
     """Launch the kernel that carries a state; `how` are its SCALE and REVERSE."""
-    columns = call.columns(STATE_VALUES)
+    columns = call.walk_columns
     options = {**call.options(columns), **how, "BY_CHANNEL": call.by_channel, "num_stages": STATE_STAGES}
     del options["DOT"]
     if call.by_channel:

@@ -21,8 +21,9 @@ STATE_VALUES, CHUNK_VALUES = 32, 64
 """Columns of the value that a program takes: few where it walks over all tokens, so that there are many
 programs; more where it takes one chunk, whose scores it computes for each block of them."""
 FLOAT32_VALUES, LONG_FLOAT32_VALUES = 32, 16
-"""And at most this many where products are summed without matrix units; fewer in a program of one chunk of
-heads above 64, whose tiles spill 64 to 112 bytes a thread with 32 on sm_80, sm_90 and sm_100 (Triton 3.9)."""
+"""And at most this many where products are summed without matrix units. Fewer with heads above 64: with 32
+programs of one chunk spill 64 to 112 bytes a thread on sm_80, sm_90 and sm_100 (Triton 3.9), and walks over
+float32 spill 24."""
 WARPS, STAGES, STATE_STAGES = 4, 1, 3
 """Keys and values of the next chunks are loaded ahead in the walk over tokens; elsewhere there is no loop, or
 no room in shared memory."""
@@ -52,6 +53,12 @@ def columns_for(most: int, dtype: torch.dtype, dv: int) -> int:
 def chunk_columns_for(dtype: torch.dtype, d: int, dv: int) -> int:
     """Columns of the value in a program of one chunk, of heads of `d`."""
     most = CHUNK_VALUES if width(dtype) == torch.bfloat16 or d <= 64 else LONG_FLOAT32_VALUES
+    return columns_for(most, dtype, dv)
+
+
+def walk_columns_for(dtype: torch.dtype, d: int, dv: int) -> int:
+    """And of a program that walks over all tokens."""
+    most = LONG_FLOAT32_VALUES if dtype == torch.float32 and d > 64 else STATE_VALUES
     return columns_for(most, dtype, dv)
 
 
@@ -90,14 +97,15 @@ class LinearCall:
         """Batch entries times heads."""
         return self.query.shape[0] * self.query.shape[1]
 
-    def columns(self, most: int) -> int:
-        """Columns of the value that one program takes, at most `most`."""
-        return columns_for(most, self.query.dtype, self.value.shape[-1])
-
     @property
     def chunk_columns(self) -> int:
-        """And one of a single chunk."""
+        """Columns of the value that a program of one chunk takes."""
         return chunk_columns_for(self.query.dtype, self.query.shape[-1], self.value.shape[-1])
+
+    @property
+    def walk_columns(self) -> int:
+        """And one that walks over all tokens."""
+        return walk_columns_for(self.query.dtype, self.query.shape[-1], self.value.shape[-1])
 
     def programs(self, columns: int) -> int:
         """Blocks of so many columns, of all heads."""

@@ -145,7 +145,7 @@ def token_decay_cases(dtype: str, head: int) -> Iterator[Case]:
     options |= {"CHUNK": call.chunk_for(of, by_channel=False), "BY_CHANNEL": False}
     options |= {"num_warps": call.WARPS, "num_stages": call.STAGES}
     options |= {"types": dict.fromkeys(("p_states", "p_dstates"), states)}
-    walk = {"BLOCK_DV": call.columns_for(call.STATE_VALUES, of, head), "num_stages": call.STATE_STAGES}
+    walk = {"BLOCK_DV": call.walk_columns_for(of, head, head), "num_stages": call.STATE_STAGES}
     chunks = {"BLOCK_DV": call.chunk_columns_for(of, head, head)}
     for reverse in (False, True):
         own, tail = {"REVERSE": reverse}, f"{dtype}-{head}" + "-reverse" * reverse
@@ -178,7 +178,7 @@ def channel_gate_cases(dtype: str, of_backward: bool) -> Iterator[Case]:
     options |= {"REVERSE": of_backward, "types": types}
     state = {
         "BLOCK_D": channels.STATE_CHANNELS,
-        "BLOCK_DV": call.columns_for(call.STATE_VALUES, of[dtype], 128),
+        "BLOCK_DV": call.walk_columns_for(of[dtype], 128, 128),
     }
     state |= {"num_warps": channels.STATE_WARPS}
     tile = {"BLOCK_D": channels.CHANNELS, "BLOCK_DV": channels.columns_for(of[dtype], 128)}
