@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effopt.graph.analyses.between_matmuls import is_seen_through
+from effopt.graph.analyses.masks.least_number import FILLS, WHERE
 from effopt.graph.constants import constant_number
 from effopt.graph.dataflow import calls_of
 from effopt.graph.normalize import is_view
@@ -23,10 +24,8 @@ from effopt.graph.values import shape_of
 _aten = torch.ops.aten
 _MATMULS = (_aten.matmul.default, _aten.bmm.default)
 _TRIANGLES = (_aten.tril.default, _aten.triu.default)
-_FILLS = (_aten.masked_fill.Scalar, _aten.masked_fill.Tensor)
-_CHOICES = (_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar)
 _KNOWN = (
-    *(*_TRIANGLES, *_FILLS, *_CHOICES),
+    *(*_TRIANGLES, *FILLS, *WHERE),
     *(_aten.mul.Tensor, _aten.div.Tensor, _aten.clone.default, _aten._to_copy.default),
     *(_aten.dropout.default, _aten.type_as.default, _aten.repeat_interleave.self_int),
 )
@@ -72,6 +71,6 @@ def _between(weights: Node) -> list[Node]:
 def _masks(node: Node) -> bool:
     """Whether a call puts zeros in the place of scores."""
     operands: tuple[Any, ...] = node.args
-    filled = node.target in _FILLS and constant_number(operands[2]) == 0
-    chosen = node.target in _CHOICES and any(constant_number(x) == 0 for x in operands[1:])
+    filled = node.target in FILLS and constant_number(operands[2]) == 0
+    chosen = node.target in WHERE and any(constant_number(x) == 0 for x in operands[1:])
     return node.target in _TRIANGLES or filled or chosen
