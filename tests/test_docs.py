@@ -72,7 +72,7 @@ def commands(found: list[Block]) -> list[tuple[str, ...]]:
     return [tuple(shlex.split(line, comments=True)[2:]) for line in lines if "(needs GPU)" not in line]
 
 
-def run(arguments: list[str], where: Path) -> None:
+def assert_runs(arguments: list[str], where: Path) -> None:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -94,9 +94,9 @@ def test_document_runs(document: Path, tmp_path: Path) -> None:
         # A file, not `exec`: torch.compile and Triton read the source of the functions they are given.
         script = tmp_path / f"{document.stem.replace('-', '_')}_md.py"
         script.write_text(source)
-        run([str(script)], tmp_path)
+        assert_runs([str(script)], tmp_path)
     for arguments in commands(found):
-        run(["-c", COMMAND, *arguments], tmp_path)
+        assert_runs(["-c", COMMAND, *arguments], tmp_path)
 
 
 SAMPLE = """Text

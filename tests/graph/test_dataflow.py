@@ -60,6 +60,9 @@ def test_sorting_mends_any_order(graph: Graph, random: object) -> None:
         source.append(node)
     sort_topologically(graph)
     graph.lint()
+    after = [n for n in graph.nodes if n.op == "call_function"]
+    assert set(after) == set(nodes)
+    assert all(operand < node for node in after for operand in node.all_input_nodes)
 
 
 def test_a_cycle_is_refused() -> None:

@@ -123,7 +123,7 @@ def test_buffer_that_the_model_writes_stays() -> None:
     assert report.counts["spell-mask-buffers"] == 0
 
 
-def left_alone(model: nn.Module, x: Tensor) -> None:
+def assert_left_alone(model: nn.Module, x: Tensor) -> None:
     """Compiled, right, and without the pass."""
     with record() as report:
         got, wanted = compiled(model)(x), model(x)
@@ -137,7 +137,7 @@ def test_buffer_that_the_model_returns_a_view_of_stays() -> None:
         def forward(self, x: Tensor) -> Any:
             return super().forward(x), self.mask[0, 0, :3, :3]  # type: ignore[index]
 
-    left_alone(Returning(triangle()).eval().requires_grad_(False), torch.randn(2, 7, 8))
+    assert_left_alone(Returning(triangle()).eval().requires_grad_(False), torch.randn(2, 7, 8))
 
 
 def test_buffer_that_wants_a_gradient_keeps_it() -> None:
@@ -173,7 +173,7 @@ def test_buffer_that_masks_nothing_stays(use: Any) -> None:
         def forward(self, x: Tensor) -> Any:
             return use(x, self.mask, self.weight)
 
-    left_alone(Using(), torch.randn(4, 8))
+    assert_left_alone(Using(), torch.randn(4, 8))
 
 
 def test_fuel_counts_it() -> None:
