@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from effopt.backends.measured import stopwatch
+
 
 def clock(device: torch.device) -> float:
     """Seconds: of this thread on a CPU, of the device otherwise."""
@@ -46,25 +48,15 @@ def medians(
     return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
-FLUSHED_BYTES = 2**28
-"""Written before each call on a GPU: longer than any L2, and long enough for the host to run ahead."""
-
-
 def _medians_of_device(
     calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int
 ) -> dict[str, float]:
-    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+    timed = stopwatch(device)
     runs = {name: captured(name, call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, run in runs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flushed.zero_()
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times[name].append(1e-3 * begin.elapsed_time(end))
+            times[name].append(timed(run))
     return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 

@@ -215,7 +215,8 @@ def _race(
         except Exception as error:  # noqa: BLE001 - a kernel that cannot run here is not taken, and says why
             runs.pop(lowering.name, None)
             found[lowering.name] = _words(error)
-    clock = _stopwatch(made)
+    device = next((x.device for x in made.values() if isinstance(x, Tensor)), torch.device("cpu"))
+    clock = stopwatch(device)
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     for number in range(ROUNDS if runs else 0):
@@ -264,9 +265,8 @@ def _runnable(
     return both
 
 
-def _stopwatch(made: Mapping[str, Any]) -> Callable[[Callable[[], Any]], float]:
+def stopwatch(device: torch.device) -> Callable[[Callable[[], Any]], float]:
     """Seconds of one run: of the device between two events, its cache emptied first, or of the clock."""
-    device = next((x.device for x in made.values() if isinstance(x, Tensor)), torch.device("cpu"))
     if device.type != "cuda":
 
         def by_clock(run: Callable[[], Any]) -> float:

@@ -60,7 +60,7 @@ def test_one_candidate_is_not_measured() -> None:
     assert choice.refused == (("far", "predicted 5.0 us, a 1.0 us"),)
 
 
-@pytest.mark.parametrize("where", ["made_up_call", "_stopwatch"])
+@pytest.mark.parametrize("where", ["made_up_call", "stopwatch"])
 def test_what_fails_beside_the_candidates_leaves_the_choice_to_the_predictions(
     where: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
