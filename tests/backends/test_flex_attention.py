@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
-from torch.torch_version import TorchVersion
 
 import effopt
 from effopt.backends import flex_attention as flex
@@ -28,9 +27,10 @@ from tests.models.architectures import build
 CPU = target_of(torch.device("cpu"))
 B, H, HKV, T, S, D = 2, 4, 2, 300, 330, 16
 LOWEST = torch.finfo(torch.float32).min
-pytestmark = pytest.mark.skipif(
+wants_avx = pytest.mark.skipif(
     not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="the CPU kernel wants AVX2"
 )
+pytestmark = wants_avx
 taken = pytest.mark.skipif(
     torch.__version__ < (2, 13),  # type: ignore[operator]  # compares as numbers
     reason="FlexAttention's CPU kernel was checked from torch 2.13 on, and is refused before",
@@ -185,46 +185,6 @@ def test_blocks_leave_out_no_open_key(name: str) -> None:
                 assert torch.equal(part.all(-1).all(-1), every)
     if name in ("causal", "window", "anchors", "documents", "padding", "rows see nothing", "no key at all"):
         assert fewest < 9, "nothing is skipped"
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "sinks": ({"high": 0, "sinks": torch.zeros(H)}, "log-sum-exp"),
-    "dropout": ({"high": 0, "dropout_p": 0.1}, "no dropout"),
-    "nothing to skip": ({"mask": torch.ones(T, S, dtype=torch.bool)}, "nothing would be skipped"),
-    "small fill": ({"high": 0, "fill": -1e4}, "fill with -inf"),
-    "bias and fill": ({"high": 0, "fill": LOWEST, "bias": torch.zeros(T, S)}, "a bias, and a mask"),
-    "causal and fill": ({"is_causal": True, "low": -4, "fill": LOWEST}, "causal, and a mask"),
-    "wide bias": ({"high": 0, "bias": torch.zeros(T, S, dtype=torch.float64)}, "the bias is float64"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-@taken
-def test_refusal(name: str) -> None:
-    kwargs, reason = REFUSED[name]
-    said = FLEX.supports(CPU, ops.attention.bind(tuple(operands()), {"scale": 1.0, **kwargs}))
-    assert said is not None
-    assert reason in said
-
-
-@taken
-def test_operands_and_targets_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def said(inputs: list[Tensor], target: Target = CPU) -> str:
-        return str(FLEX.supports(target, ops.attention.bind(tuple(inputs), {"scale": 1.0, "high": 0})))
-
-    assert "takes one of" in said(operands(torch.float64))
-    assert "one query" in said(operands(t=1))
-    assert "4 dimensions, got 3" in said([x[0, :HKV] for x in operands()])
-    assert "a size that is 0" in said([x[:0] for x in operands()])
-    assert "on a CPU only" in said(operands(), Target("cuda", "sm_90", 1.0, 1.0))
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert "AVX2" in said(operands())
-
-
-def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1+cpu"))
-    said = FLEX.supports(CPU, ops.attention.bind(tuple(operands()), {"scale": 1.0, "high": 0}))
-    assert said == "FlexAttention's CPU kernel was checked from torch 2.13 on, this is 2.12.1+cpu"
 
 
 @taken
