@@ -12,7 +12,7 @@ from typing import Any
 
 import peers
 import torch
-from prefill_section import figures
+from prefill_section import figures, measured
 from timing import medians
 from torch import Tensor
 
@@ -66,17 +66,8 @@ def _measure(
     rows: list[dict[str, Any]] = [{"version": name, "why_not": why} for name, why in refused.items()]
     for name, seconds in times.items():
         flops, moved = 4.0 * b * HEADS * d * s, float(k.nbytes + v.nbytes + 2 * q.nbytes)
-        reached = flops / seconds, moved / seconds
-        rows.append(
-            {
-                "version": name,
-                "milliseconds": 1e3 * seconds,
-                "ratio": None if native is None else native / seconds,
-                "tflops_per_s": reached[0] / 1e12,
-                "gbytes_per_s": reached[1] / 1e9,
-                "of_ceiling": reached[1] / most[1],
-            }
-        )
+        share = moved / seconds / most[1]
+        rows.append(measured(name, seconds, native, flops, moved) | {"of_ceiling": share})
     return rows
 
 
@@ -112,8 +103,4 @@ def table(rows: list[dict[str, Any]]) -> str:
     """As Markdown."""
     head = "| b | s | d | version | ms | times as fast as the best native | TFLOP/s | GB/s | of copy |\n"
     head += "|--:|--:|--:|---|--:|--:|--:|--:|--:|\n"
-    return head + "\n".join(
-        f"| {r['b']} | {r['t']} | {r['d']} | {r['version']} |"
-        + (f" {r['why_not']} | | | | |" if "why_not" in r else figures(r))
-        for r in rows
-    )
+    return head + "\n".join(f"| {r['b']} | {r['t']} | {r['d']} | {r['version']} |" + figures(r) for r in rows)

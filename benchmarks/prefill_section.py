@@ -101,19 +101,23 @@ def _measure(
     what = {"kind": kind, "b": b, "t": t, "d": d, "direction": "both" if training else "forward"}
     rows = [{**what, "version": name, "why_not": why} for name, why in refused.items()]
     for name, seconds in times.items():
-        reached = flops / seconds, (2.0 if training else 1.0) * 4.0 * q.nbytes / seconds
-        rows.append(
-            {
-                **what,
-                "version": name,
-                "milliseconds": 1e3 * seconds,
-                "ratio": None if native is None else native / seconds,
-                "tflops_per_s": reached[0] / 1e12,
-                "gbytes_per_s": reached[1] / 1e9,
-                "of_ceiling": max(reached[0] / most[0], reached[1] / most[1]),
-            }
-        )
+        moved = (2.0 if training else 1.0) * 4.0 * q.nbytes
+        share = max(flops / seconds / most[0], moved / seconds / most[1])
+        rows.append({**what, **measured(name, seconds, native, flops, moved), "of_ceiling": share})
     return rows
+
+
+def measured(
+    version: str, seconds: float, native: float | None, flops: float, moved: float
+) -> dict[str, Any]:
+    """What a row says of one version; `native` are the seconds of the fastest of the library's."""
+    return {
+        "version": version,
+        "milliseconds": 1e3 * seconds,
+        "ratio": None if native is None else native / seconds,
+        "tflops_per_s": flops / seconds / 1e12,
+        "gbytes_per_s": moved / seconds / 1e9,
+    }
 
 
 def calls_reference(kind: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -133,14 +137,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     head = "| mask | b | t | d | pass | version | ms | times as fast as the best native | TFLOP/s | GB/s |"
     head += " of ceiling |\n|---|--:|--:|--:|---|---|--:|--:|--:|--:|--:|\n"
     return head + "\n".join(
-        f"| {r['kind']} | {r['b']} | {r['t']} | {r['d']} | {r['direction']} | {r['version']} |"
-        + (f" {r['why_not']} | | | | |" if "why_not" in r else figures(r))
+        f"| {r['kind']} | {r['b']} | {r['t']} | {r['d']} | {r['direction']} | {r['version']} |" + figures(r)
         for r in rows
     )
 
 
 def figures(r: dict[str, Any]) -> str:
-    """The last five cells of a row."""
+    """The last five cells of a row, or why there are none."""
+    if "why_not" in r:
+        return f" {r['why_not']} | | | | |"
     ratio = "-" if r["ratio"] is None else format(r["ratio"], ".2f")
     return (
         f" {r['milliseconds']:.3f} | {ratio} | {r['tflops_per_s']:.1f} | {r['gbytes_per_s']:.0f} |"
