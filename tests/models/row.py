@@ -48,8 +48,7 @@ TEXT: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-ENCODER_DECODER: dict[str, Any] = {
-    "vocab_size": 100,
+BOTH_STACKS: dict[str, Any] = {
     "d_model": 64,
     "encoder_layers": 2,
     "decoder_layers": 2,
@@ -57,6 +56,10 @@ ENCODER_DECODER: dict[str, Any] = {
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 112,
     "decoder_ffn_dim": 112,
+}
+ENCODER_DECODER: dict[str, Any] = {
+    "vocab_size": 100,
+    **BOTH_STACKS,
     "max_position_embeddings": 64,
     "bos_token_id": 1,
     "eos_token_id": 2,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.models.row import VISION, Row, image, large_image, video
+from tests.models.row import BOTH_STACKS, VISION, Row, image, large_image, video
 
 _SWIN: dict[str, Any] = {
     "image_size": 32,
@@ -34,13 +34,7 @@ _RESNET: dict[str, Any] = {
     "layer_type": "basic",
 }
 _DETR: dict[str, Any] = {
-    "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 112,
-    "decoder_ffn_dim": 112,
+    **BOTH_STACKS,
     "num_queries": 6,
     "use_timm_backbone": False,
     "use_pretrained_backbone": False,
