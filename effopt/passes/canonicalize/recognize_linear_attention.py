@@ -97,7 +97,7 @@ class RecognizeLinearAttention(Rewrite):
         yield Example(lambda q, k, v: (q @ k.mT).triu() @ v, (q, k, v), "not causal")
         yield Example(lambda q, k, v: (q @ k.mT).tril().triu(-3) @ v, (q, k, v), "is a window")
         yield Example(lambda q, k, v: (q @ k.mT * 0.5) @ v, (q, k, v), "every query sees every key")
-        yield Example(lambda q, k, v: (q @ k.mT * (k @ k.mT)) @ v, (q, k, v), "not known to be causal")
+        yield Example(lambda q, k, v, m: q @ k.mT * m @ v, (q, k, v, torch.eye(9)), "not known to be causal")
         yield Example(lambda q, k, v: (q[:, :, 5:] @ k.mT).tril() @ v, (q, k, v), "4 queries and 9 keys")
         yield Example(lambda q, k, v: [w := (q @ k.mT).tril(), w @ v], (q, k, v), "also used by")
         yield Example(lambda q, k, v: (q @ k.mT).masked_fill(_ahead(q), -1.0) @ v, (q, k, v), "than 0")
